@@ -1,0 +1,46 @@
+"""Builds verified inference artifacts from training snapshots of large embeddings.
+
+    from export import build_artifact
+    result = build_artifact("release.yaml", "artifacts/demo", workers=2)
+    print(result.manifest.artifact_id)
+
+Modules: `cli` (the command line), `build` (the main path), `config` (the release configuration), `large_embeddings`
+(the model), `snapshots` (the only reader of checkpoints), `quantize` (rows), `weight_file`, `lookup` (the plain-op module),
+`torchscript`, `accuracy` and `parity` (the gates), `publish`, `errors`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from export.build import build_artifact
+    from export.config import (
+        DataType,
+        EmbeddingBagConfig,
+        EmbeddingSnapshot,
+        LargeEmbeddingsConfig,
+        Mode,
+        OptimizerConfig,
+        load_config,
+    )
+    from export.large_embeddings import LargeEmbeddings
+
+__all__ = [
+    "DataType",
+    "EmbeddingBagConfig",
+    "EmbeddingSnapshot",
+    "LargeEmbeddings",
+    "LargeEmbeddingsConfig",
+    "Mode",
+    "OptimizerConfig",
+    "build_artifact",
+    "load_config",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names on first use: importing torchrec takes 2 s and loads operators; `import export` does not."""
+    if name not in __all__:
+        raise AttributeError(f"module 'export' has no attribute '{name}'")
+    home = {"build_artifact": "export.build", "LargeEmbeddings": "export.large_embeddings"}.get(name, "export.config")
+    return getattr(importlib.import_module(home), name)

@@ -1,0 +1,151 @@
+"""Parity question 1 and the accuracy of every row: the staged rows against the snapshot's, all of them, in one pass.
+
+The rows are read a second time, from the snapshot and from the staged file, and the stored bytes are derived again with
+numpy, independently of the torch code that wrote them. On the way the pass picks up the few rows that the lookups of
+`export.parity` need, so that no later check reads a table again.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from export.config import Budget, Precision
+from export.errors import GateError
+from export.quantize import STORED_TYPES
+from export.weight_file import PlannedTable
+from runtime_py.digests import chunk_rows
+from runtime_py.weights import WeightFile, tensor_bytes
+
+__all__ = ["ProbeRows", "TableAccuracy", "check_budget", "examine_table"]
+
+
+@dataclass(frozen=True)
+class TableAccuracy:
+    """How far a table's stored rows, dequantized, are from its trained rows, in float32, over all E * D values.
+
+    relative_l2 = ||stored - trained|| / ||trained||, and cosine, treat the table as one vector; both are null where
+    the trained rows are all zero.
+    """
+
+    table: str
+    serving_precision: str
+    rows: int
+    bytes_before: int
+    bytes_after: int
+    max_absolute_error: float
+    mean_absolute_error: float
+    relative_l2: float | None
+    cosine: float | None
+
+
+@dataclass(frozen=True)
+class ProbeRows:
+    """Some rows of a table by id (ascending): as trained, in float32, and as stored, in the stored type. [n, D]."""
+
+    ids: np.ndarray
+    trained: torch.Tensor
+    stored: torch.Tensor
+
+
+def examine_table(
+    table: PlannedTable, weights: WeightFile, probe_ids: np.ndarray, progress: Callable[[int], None] = lambda _: None
+) -> tuple[TableAccuracy, ProbeRows]:
+    """Compares every stored row of a table with the snapshot's, and picks up the rows `probe_ids` (ascending).
+
+    Raises:
+        GateError: a stored value is not what numpy makes of the snapshot's.
+    """
+    stored_table = weights.manifest.table[table.name]
+    count = chunk_rows(table.row_bytes)
+    stored_type = STORED_TYPES[table.precision]
+    buffer = torch.empty(min(count, table.num_embeddings), table.embedding_dim, dtype=stored_type)
+    probes = ProbeRows(
+        probe_ids,
+        torch.empty(len(probe_ids), table.embedding_dim),
+        torch.empty(len(probe_ids), table.embedding_dim, dtype=stored_type),
+    )
+    sums = _Sums()
+    for start, trained in table.rows.chunks(count):
+        stored = buffer[: trained.shape[0]]
+        weights.read_rows(stored_table, start, tensor_bytes(stored))
+        _check_rows(table, start, trained, stored)
+        sums.add(trained.float(), stored.float())
+        first, last = np.searchsorted(probe_ids, [start, start + trained.shape[0]])
+        picked = torch.from_numpy(probe_ids[first:last] - start)
+        probes.trained[first:last] = trained[picked].float()
+        probes.stored[first:last] = stored[picked]
+        progress(stored.nbytes)
+    return sums.result(table), probes
+
+
+def _check_rows(table: PlannedTable, start: int, trained: torch.Tensor, stored: torch.Tensor) -> None:
+    """Question 1: the stored bytes are those of the reference, numpy's own conversion."""
+    reference = trained.numpy().astype({Precision.FP32: np.float32, Precision.FP16: np.float16}[table.precision])
+    integers = np.dtype(f"u{reference.dtype.itemsize}")
+    different = reference.view(integers) != stored.numpy().view(integers)
+    if different.any():
+        row, column = (int(part) for part in np.argwhere(different)[0])
+        raise GateError(
+            f"table '{table.name}': row {start + row}, column {column} is stored as {stored[row, column].item()!r}, the "
+            f"reference makes {reference[row, column].item()!r} of the snapshot's {trained[row, column].item()!r}"
+        )
+
+
+class _Sums:
+    """Error sums over chunks: float32 within a chunk (dot products), float64 across chunks."""
+
+    def __init__(self) -> None:
+        self.largest = self.absolute = self.error_square = self.square = self.product = 0.0
+
+    def add(self, trained: torch.Tensor, stored: torch.Tensor) -> None:
+        x = trained.reshape(-1)
+        e = stored.reshape(-1) - x
+        self.largest = max(self.largest, float(e.abs().max()))
+        self.absolute += float(e.abs().sum(dtype=torch.float64))
+        # In float64 where float32 squares would leave its range.
+        wide = bool(x.abs().max() > 1e15) or bool(x.abs().max() < 1e-15)
+        x, e = (x.double(), e.double()) if wide else (x, e)
+        self.error_square += float(torch.dot(e, e))
+        self.square += float(torch.dot(x, x))
+        self.product += float(torch.dot(x, e))
+
+    def result(self, table: PlannedTable) -> TableAccuracy:
+        relative_l2 = cosine = None
+        if self.square > 0:
+            relative_l2 = math.sqrt(self.error_square / self.square)
+            stored_square = self.square + 2 * self.product + self.error_square
+            # All rows rounded to zero: no direction is left.
+            cosine = (self.square + self.product) / math.sqrt(self.square * stored_square) if stored_square > 0 else 0.0
+            cosine = min(cosine, 1.0)
+        return TableAccuracy(
+            table=table.name,
+            serving_precision=table.precision.value,
+            rows=table.num_embeddings,
+            bytes_before=table.rows.bytes,
+            bytes_after=table.bytes,
+            max_absolute_error=self.largest,
+            mean_absolute_error=self.absolute / (table.num_embeddings * table.embedding_dim),
+            relative_l2=relative_l2,
+            cosine=cosine,
+        )
+
+
+def check_budget(accuracy: TableAccuracy, budget: Budget) -> list[str]:
+    """What of a table's accuracy is outside its budget, one line a figure."""
+    figures = asdict(accuracy)
+    names = {"max_relative_l2": "relative_l2", "min_cosine": "cosine"}
+    lines = []
+    for name, limit in budget:
+        figure = figures[names.get(name, name)]
+        if limit is None or figure is None:
+            continue
+        if figure < limit if name == "min_cosine" else figure > limit:
+            side = "below" if name == "min_cosine" else "above"
+            lines.append(
+                f"table '{accuracy.table}': {names.get(name, name)} is {figure:.6g}, {side} its budget {name}: {limit:g} "
+                f"({accuracy.serving_precision}); choose a wider serving_precision or another budget"
+            )
+    return lines

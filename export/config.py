@@ -1,0 +1,454 @@
+"""The release configuration: what to export, from which snapshot, at which precision.
+
+The training section (`large_embeddings`) has the field names of twitter/the-algorithm-ml, so that a training
+configuration loads unchanged; the serving fields are additions with defaults. `load_config` is the only reader: every
+error carries the file, the line, the key and, for an unknown key, the nearest known one.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from export.errors import ConfigError
+
+__all__ = [
+    "Budget",
+    "DataType",
+    "EmbeddingBagConfig",
+    "EmbeddingSnapshot",
+    "LargeEmbeddingsConfig",
+    "Mode",
+    "OptimizerConfig",
+    "ParityConfig",
+    "Pooling",
+    "Precision",
+    "ReleaseConfig",
+    "ServingConfig",
+    "SnapshotConfig",
+    "load_config",
+]
+
+
+class DataType(StrEnum):
+    """Type of a table's rows in training."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+
+
+class Mode(StrEnum):
+    """Job modes of the upstream project; a release is built in `inference`."""
+
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+    INFERENCE = "inference"
+
+
+class Pooling(StrEnum):
+    """How the rows of a bag become one vector."""
+
+    SUM = "sum"
+    MEAN = "mean"
+
+
+class Precision(StrEnum):
+    """Stored type of a table's rows in the artifact; `auto` asks the builder to choose."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
+    INT4 = "int4"
+    INT2 = "int2"
+    AUTO = "auto"
+
+
+class GraphKind(StrEnum):
+    """A form in which the lookup is exported."""
+
+    TORCHSCRIPT = "torchscript"
+    AOT_INDUCTOR = "aot_inductor"
+    ONNX = "onnx"
+
+
+class Target(StrEnum):
+    """A kind of device that the artifact is built for."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class SnapshotFormat(StrEnum):
+    """On-disk format of a training snapshot; `auto` looks at the files."""
+
+    AUTO = "auto"
+    DCP = "dcp"
+    TORCHSNAPSHOT = "torchsnapshot"
+    SAFETENSORS = "safetensors"
+    STATE_DICT = "state_dict"
+
+
+# --- What this version builds. The configuration names more than that; the rest is refused while it is read. -------
+
+
+def _built(*built: StrEnum) -> AfterValidator:
+    def check(value: StrEnum) -> StrEnum:
+        if value not in built:
+            names = ", ".join(built)
+            raise PydanticCustomError("not_built", f"'{value}' is not supported by this version, which has: {names}")
+        return value
+
+    return AfterValidator(check)
+
+
+_BuiltPrecision = Annotated[Precision, _built(Precision.FP32, Precision.FP16)]
+_BuiltGraph = Annotated[GraphKind, _built(GraphKind.TORCHSCRIPT)]
+_BuiltTarget = Annotated[Target, _built(Target.CPU)]
+_BuiltFormat = Annotated[
+    SnapshotFormat,
+    _built(SnapshotFormat.AUTO, SnapshotFormat.DCP, SnapshotFormat.SAFETENSORS, SnapshotFormat.STATE_DICT),
+]
+
+
+def _check_name(name: str) -> str:
+    """Table names become module names and tensor names: what `nn.ModuleDict` or safetensors refuses is refused here."""
+    if not name or not name.isprintable():
+        raise PydanticCustomError("name", f"a name must be printable and not empty, got {name!r}")
+    if "." in name or name == "__metadata__" or hasattr(torch.nn.ModuleDict, name):
+        raise PydanticCustomError("name", f"{name!r} cannot name a table: torch or safetensors reserves it")
+    return name
+
+
+def _check_feature_name(name: str) -> str:
+    if not name or not name.isprintable():
+        raise PydanticCustomError("name", f"a name must be printable and not empty, got {name!r}")
+    return name
+
+
+_TableName = Annotated[str, AfterValidator(_check_name)]
+_FeatureName = Annotated[str, AfterValidator(_check_feature_name)]
+_Count = Annotated[StrictInt, Field(ge=1, lt=2**63)]
+_Ratio = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    """Base of every section: immutable, and an unknown key is an error that names the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            for key in data:
+                if key not in cls.model_fields:
+                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.6)
+                    known = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(cls.model_fields)}"
+                    raise PydanticCustomError("unknown_key", f"unknown key; {known}", {"key": str(key)})
+        return data
+
+
+# --- large_embeddings: the training section ------------------------------------------------------------------------
+
+
+class _PiecewiseConstant(_Section):
+    learning_rate_boundaries: list[int] | None = None
+    learning_rate_values: list[float] | None = None
+
+
+class _LinearRampToConstant(_Section):
+    learning_rate: float
+    num_ramp_steps: _Count
+
+
+class _LinearRampToCosine(_Section):
+    learning_rate: float
+    final_learning_rate: float
+    num_ramp_steps: _Count
+    final_num_steps: _Count
+
+
+class _LearningRate(_Section):
+    constant: float | None = None
+    linear_ramp_to_cosine: _LinearRampToCosine | None = None
+    linear_ramp_to_constant: _LinearRampToConstant | None = None
+    piecewise_constant: _PiecewiseConstant | None = None
+
+
+class _Adam(_Section):
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-7
+
+
+class _Sgd(_Section):
+    lr: float
+    momentum: float = 0.0
+
+
+class _Adagrad(_Section):
+    lr: float
+    eps: float = 0.0
+
+
+class OptimizerConfig(_Section):
+    """The optimizer of one table, as training wrote it. Read so that the section loads; serving does not use it."""
+
+    learning_rate: _LearningRate | None = None
+    adam: _Adam | None = None
+    sgd: _Sgd | None = None
+    adagrad: _Adagrad | None = None
+
+    @model_validator(mode="after")
+    def _one_algorithm(self) -> Self:
+        chosen = [name for name in ("adam", "sgd", "adagrad") if getattr(self, name) is not None]
+        if len(chosen) != 1:
+            raise PydanticCustomError("optimizer", f"exactly one of adam, sgd, adagrad is required, got {chosen}")
+        return self
+
+
+class EmbeddingSnapshot(_Section):
+    """Another snapshot, and the table in it, whose rows a table takes."""
+
+    emb_name: str
+    embedding_snapshot_uri: str
+
+
+class EmbeddingBagConfig(_Section):
+    """One table: E = `num_embeddings` rows of D = `embedding_dim` values, and the features that look rows up in it."""
+
+    name: _TableName
+    num_embeddings: _Count
+    embedding_dim: Annotated[StrictInt, Field(ge=1, le=2**20)]
+    pretrained: EmbeddingSnapshot | None = None
+    vocab: str | None = None
+    optimizer: OptimizerConfig | None = None
+    data_type: DataType
+    feature_names: Annotated[list[_FeatureName], Field(min_length=1)] | None = None
+    pooling: Pooling = Pooling.SUM
+    weighted: bool = False
+    serving_precision: _BuiltPrecision | None = None
+
+    @property
+    def features(self) -> list[str]:
+        """The features of this table: `feature_names`, by default the table's own name."""
+        return self.feature_names or [self.name]
+
+    @model_validator(mode="after")
+    def _mean_is_unweighted(self) -> Self:
+        if self.weighted and self.pooling is not Pooling.SUM:
+            raise PydanticCustomError("weighted", "per-sample weights need pooling: sum, as in torch.nn.EmbeddingBag")
+        return self
+
+
+class LargeEmbeddingsConfig(_Section):
+    """The tables of one `EmbeddingBagCollection`, in its order."""
+
+    tables: Annotated[list[EmbeddingBagConfig], Field(min_length=1)]
+    tables_to_log: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        tables: set[str] = set()
+        owners: dict[str, str] = {}
+        for table in self.tables:
+            if table.name in tables:
+                raise PydanticCustomError("duplicate", f"duplicate table name '{table.name}'")
+            tables.add(table.name)
+            for feature in table.features:
+                if feature in owners:
+                    where = f"tables '{owners[feature]}' and '{table.name}'"
+                    raise PydanticCustomError("duplicate", f"duplicate feature name '{feature}' in {where}")
+                owners[feature] = table.name
+        return self
+
+    @property
+    def weighted(self) -> bool:
+        """Whether a lookup takes per-sample weights."""
+        return any(table.weighted for table in self.tables)
+
+
+# --- The release ---------------------------------------------------------------------------------------------------
+
+
+class SnapshotConfig(_Section):
+    """Where the trained rows are."""
+
+    uri: str
+    format: _BuiltFormat = SnapshotFormat.AUTO
+    step: Annotated[StrictInt, Field(ge=0)] | None = None
+    prefix: str | None = None
+
+
+class ServingConfig(_Section):
+    """What to write."""
+
+    precision: _BuiltPrecision = Precision.FP16
+    graphs: Annotated[list[_BuiltGraph], Field(min_length=1)] = [GraphKind.TORCHSCRIPT]
+    targets: Annotated[list[_BuiltTarget], Field(min_length=1)] = [Target.CPU]
+
+
+class Budget(_Section):
+    """The largest loss of accuracy that a table's rows may show; a missing figure is not gated.
+
+    Every figure compares the stored rows, dequantized, with the float32 rows of the snapshot, over the whole table.
+    """
+
+    max_absolute_error: _Ratio | None = None
+    mean_absolute_error: _Ratio | None = None
+    max_relative_l2: _Ratio | None = None
+    min_cosine: Annotated[float, Field(ge=-1.0, le=1.0)] | None = None
+
+
+DEFAULT_BUDGETS: Mapping[Precision, Budget] = {
+    Precision.FP32: Budget(max_absolute_error=0.0),
+    # One rounding to fp16 costs at most 2**-11 of a normal value (6.1e-5 and up): a table beyond twice that is mostly
+    # subnormal, where fp16 has few bits left.
+    Precision.FP16: Budget(max_relative_l2=2**-10, min_cosine=0.999),
+}
+
+
+class ParityConfig(_Section):
+    """The gates of the build: how many random batches, and each table's budget."""
+
+    seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = 0
+    batches: _Count = 8
+    budgets: dict[Precision, Budget] = {}
+    table_budgets: dict[str, Budget] = {}
+
+    def budget(self, table: str, precision: Precision) -> Budget:
+        """The budget of a table: its own, else its precision's, else the default of that precision."""
+        return self.table_budgets.get(table) or self.budgets.get(precision) or DEFAULT_BUDGETS[precision]
+
+
+class ReleaseConfig(_Section):
+    """A whole release configuration."""
+
+    large_embeddings: LargeEmbeddingsConfig
+    mode: Mode = Mode.INFERENCE
+    snapshot: SnapshotConfig
+    serving: ServingConfig = ServingConfig()
+    surgery: None = None
+    parity: ParityConfig = ParityConfig()
+
+    @model_validator(mode="after")
+    def _is_a_release(self) -> Self:
+        if self.mode is not Mode.INFERENCE:
+            raise PydanticCustomError("mode", f"a release is built in mode 'inference', got '{self.mode}'")
+        for table in self.large_embeddings.tables:
+            if table.vocab is not None:
+                message = f"table '{table.name}': this version does not build vocabularies; remove the key 'vocab'"
+                raise PydanticCustomError("not_built", message)
+        names = [table.name for table in self.large_embeddings.tables]
+        for name in self.parity.table_budgets:
+            if name not in names:
+                message = f"parity.table_budgets names '{name}', which is no table; tables: {', '.join(names)}"
+                raise PydanticCustomError("unknown_table", message)
+        return self
+
+    def serving_precision(self, table: EmbeddingBagConfig) -> Precision:
+        """The precision that the table is stored in."""
+        return table.serving_precision or self.serving.precision
+
+
+# --- Reading -------------------------------------------------------------------------------------------------------
+
+
+def load_config(path: str | Path) -> ReleaseConfig:
+    """Reads a release configuration.
+
+    Relative paths in it are relative to its own folder, and absolute in the result.
+
+    Raises:
+        ConfigError: the file is unreadable, is no YAML mapping, or does not fit the model. Each problem is one line
+            `file:line: key: what is wrong`.
+    """
+    path = Path(path)
+    try:
+        document = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = str(error.problem or error.context).splitlines()[0]
+        raise ConfigError(f"{where}: not valid YAML: {problem}") from error
+    except YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(document, Mapping):
+        raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(ReleaseConfig.model_fields)}")
+    try:
+        config = ReleaseConfig.model_validate(_plain(document))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_describe(path, document, error))) from error
+    return _with_absolute_paths(config, path.absolute().parent)
+
+
+def _plain(node: Any) -> Any:
+    """YAML nodes without the round-trip types, which pydantic's strict integers do not know."""
+    if isinstance(node, Mapping):
+        return {str(key): _plain(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_plain(value) for value in node]
+    for kind in (bool, int, float, str):
+        if isinstance(node, kind):
+            return kind(node)
+    return node
+
+
+def _describe(path: Path, document: Any, error: ValidationError) -> Iterator[str]:
+    for problem in error.errors(include_url=False):
+        location = [part for part in problem["loc"] if not str(part).startswith("function-")]
+        if problem["type"] == "unknown_key":
+            location.append(problem["ctx"]["key"])
+        message = problem["msg"]
+        if problem["type"] not in _CUSTOM and not isinstance(problem["input"], Mapping | Sequence):
+            message += f", got {problem['input']!r}"
+        key = ""
+        for part in location:
+            key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else str(part)
+        line = _line(document, location)
+        yield f"{path}:{line}: {key}: {message}" if key else f"{path}: {message}"
+
+
+_CUSTOM = {"unknown_key", "not_built", "name", "duplicate", "mode", "unknown_table", "optimizer", "weighted"}
+
+
+def _line(document: Any, location: Sequence[int | str]) -> int:
+    """The line (from 1) of the deepest part of the location that the document has."""
+    line = 1
+    node: Any = document
+    for part in location:
+        try:
+            marks = node.lc
+            place = marks.item(part) if isinstance(node, list) else marks.key(part)
+            line, node = place[0] + 1, node[part]
+        except (KeyError, IndexError, TypeError, AttributeError):
+            break
+    return line
+
+
+def _with_absolute_paths(config: ReleaseConfig, folder: Path) -> ReleaseConfig:
+    def absolute(uri: str) -> str:
+        return uri if "://" in uri else str((folder / Path(uri).expanduser()).resolve())
+
+    tables = []
+    for table in config.large_embeddings.tables:
+        if table.pretrained is not None:
+            uri = absolute(table.pretrained.embedding_snapshot_uri)
+            pretrained = table.pretrained.model_copy(update={"embedding_snapshot_uri": uri})
+            table = table.model_copy(update={"pretrained": pretrained})
+        tables.append(table)
+    return config.model_copy(
+        update={
+            "large_embeddings": config.large_embeddings.model_copy(update={"tables": tables}),
+            "snapshot": config.snapshot.model_copy(update={"uri": absolute(config.snapshot.uri)}),
+        }
+    )

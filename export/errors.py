@@ -1,0 +1,35 @@
+"""Every error that a build reports to its user, each with the exit code of the command line.
+
+They exist so that a caller can tell a refused input from a failed gate, and so that `export.cli` has one boundary:
+an `ExportError` is one clear line, anything else is a defect and keeps its traceback.
+"""
+
+__all__ = ["ConfigError", "ExportError", "GateError", "PublishError", "RowsError", "SnapshotError"]
+
+
+class ExportError(Exception):
+    """A build, or a command, was refused. Exit code 1."""
+
+    exit_code = 1
+
+
+class ConfigError(ExportError):
+    """The release configuration is unreadable, incomplete or contradictory."""
+
+
+class SnapshotError(ExportError):
+    """The training snapshot is unreadable, incomplete or does not match the configuration."""
+
+
+class RowsError(ExportError):
+    """A table holds values that the chosen serving precision cannot store."""
+
+
+class PublishError(ExportError):
+    """The artifact could not be staged or published: the target exists, the disk is full, permission is denied."""
+
+
+class GateError(ExportError):
+    """A parity or accuracy gate failed; nothing was published. Exit code 3."""
+
+    exit_code = 3

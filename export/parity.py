@@ -1,0 +1,356 @@
+"""Parity questions 2 and 3, asked of the staged artifact through the real loader.
+
+2. Serving: the artifact's output equals, bit for bit, that of torchrec's quantized module over the same stored rows.
+3. Quantization: it is within a derived bound of the float32 eager `LargeEmbeddings` over the trained rows.
+
+Both references hold only the rows that the batches name (`Probe`), with ids renumbered, so that their size does not
+depend on the tables'. An id outside its table is given to them as the number of an extra row of zeros.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantizedEmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from export.accuracy import ProbeRows
+from export.config import DataType, EmbeddingBagConfig, LargeEmbeddingsConfig, Precision
+from export.errors import GateError
+from export.large_embeddings import LargeEmbeddings, torchrec_tables
+from runtime_py import Artifact, InvalidInputError, load_artifact
+from runtime_py.inputs import Request
+
+__all__ = ["Case", "check_parity", "make_cases", "probe_ids"]
+
+_INT64 = np.iinfo(np.int64)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One feature and its table, in graph order."""
+
+    feature: str
+    table: EmbeddingBagConfig
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch: for every slot, B bags of ids."""
+
+    name: str
+    bags: list[list[np.ndarray]]  # by slot, then by bag
+
+    def request(self, slots: Sequence[Slot], seed: int) -> Request:
+        """The batch in the raw signature; weights, where a slot takes them, are drawn from `seed`."""
+        lengths = [len(bag) for feature in self.bags for bag in feature]
+        values = np.concatenate([np.empty(0, np.int64), *(bag for feature in self.bags for bag in feature)])
+        weights = None
+        if any(slot.table.weighted for slot in slots):
+            drawn = np.random.default_rng(seed).normal(1.0, 1.0, len(values)).astype(np.float32)
+            weights = torch.from_numpy(drawn)
+        return Request(torch.from_numpy(values), torch.tensor(lengths, dtype=torch.int32), weights)
+
+
+def make_slots(config: LargeEmbeddingsConfig) -> list[Slot]:
+    """Every feature with its table, in the order of `EmbeddingBagCollection`'s output: tables, then their features."""
+    return [Slot(feature, table) for table in config.tables for feature in table.features]
+
+
+# --- Batches -------------------------------------------------------------------------------------------------------
+
+
+def make_cases(config: LargeEmbeddingsConfig, seed: int, batches: int) -> list[Case]:
+    """The adversarial batches, then `batches` random ones."""
+    slots = make_slots(config)
+    rows = [slot.table.num_embeddings for slot in slots]
+    rng = np.random.default_rng(seed)
+
+    def case(name: str, bags: Callable[[int], list[list[int]]]) -> Case:
+        return Case(name, [[np.array(bag, np.int64) for bag in bags(count)] for count in rows])
+
+    cases = [
+        case("no bags", lambda _: []),
+        case("empty bags", lambda _: [[], [], []]),
+        case("one bag", lambda count: [[0, count // 2]]),
+        case("first and last row", lambda count: [[0], [count - 1], [0, count - 1], []]),
+        case("duplicate ids", lambda count: [[count - 1] * 5, [0, 0], [count // 3, 0, count // 3]]),
+        case(
+            "ids out of range",
+            lambda count: [
+                [-1],
+                [count],
+                [0, count, 0],
+                [int(_INT64.min), count - 1, int(_INT64.max)],
+                [count + 1, -2],
+                [],
+            ],
+        ),
+    ]
+    for number in range(batches):
+        batch = int(rng.integers(1, 33))
+        bags = [[rng.integers(0, count, rng.integers(0, 9)) for _ in range(batch)] for count in rows]
+        cases.append(Case(f"random {number}", bags))
+    return cases
+
+
+def probe_ids(config: LargeEmbeddingsConfig, cases: Sequence[Case]) -> dict[str, np.ndarray]:
+    """Table name to the ids, ascending and inside the table, that the cases look up."""
+    ids: dict[str, list[np.ndarray]] = {table.name: [np.empty(0, np.int64)] for table in config.tables}
+    for number, slot in enumerate(make_slots(config)):
+        ids[slot.table.name] += [bag for case in cases for bag in case.bags[number]]
+    result = {}
+    for table in config.tables:
+        unique = np.unique(np.concatenate(ids[table.name]))
+        result[table.name] = unique[(unique >= 0) & (unique < table.num_embeddings)]
+    return result
+
+
+# --- References ----------------------------------------------------------------------------------------------------
+
+
+class References:
+    """torchrec's quantized module and the eager float32 model, over the probe rows only."""
+
+    def __init__(
+        self, config: LargeEmbeddingsConfig, precisions: Mapping[str, Precision], probes: Mapping[str, ProbeRows]
+    ) -> None:
+        self.slots = make_slots(config)
+        self._probes = probes
+        small = config.model_copy(
+            update={
+                "tables": [
+                    table.model_copy(
+                        update={"num_embeddings": len(probes[table.name].ids) + 1, "data_type": DataType.FP32}
+                    )
+                    for table in config.tables
+                ]
+            }
+        )
+        self.trained = {name: torch.nn.functional.pad(probe.trained, (0, 0, 0, 1)) for name, probe in probes.items()}
+        stored = {name: torch.nn.functional.pad(probe.stored, (0, 0, 0, 1)) for name, probe in probes.items()}
+        self._eager = LargeEmbeddings(small)
+        self._eager.fill(self.trained)
+        tables = torchrec_tables(small)
+        for table in tables:
+            table.data_type = type(table.data_type)[precisions[table.name].name]
+        self._quantized = QuantizedEmbeddingBagCollection(
+            tables,
+            config.weighted,
+            torch.device("cpu"),
+            table_name_to_quantized_weights={name: (rows.view(torch.uint8), None) for name, rows in stored.items()},
+        )
+        self.error_bounds = {name: _conversion_error(rows, precisions[name]) for name, rows in self.trained.items()}
+
+    def renumber(self, case: Case) -> list[list[np.ndarray]]:
+        """The case's ids as numbers of probe rows; an id outside its table as the row of zeros."""
+        renumbered = []
+        for slot, bags in zip(self.slots, case.bags, strict=True):
+            ids = self._probes[slot.table.name].ids
+            inside = [(bag >= 0) & (bag < slot.table.num_embeddings) for bag in bags]
+            renumbered.append(
+                [np.where(known, np.searchsorted(ids, bag), len(ids)) for bag, known in zip(bags, inside, strict=True)]
+            )
+        return renumbered
+
+    def features(self, case: Case, request: Request) -> KeyedJaggedTensor:
+        """The case as both references take it."""
+        numbers = [bag for bags in self.renumber(case) for bag in bags]
+        weights = request.per_sample_weights
+        if weights is not None:
+            parts = weights.split([sum(len(bag) for bag in bags) for bags in case.bags])
+            weights = torch.cat(
+                [
+                    part if slot.table.weighted else torch.ones_like(part)
+                    for slot, part in zip(self.slots, parts, strict=True)
+                ]
+            )
+        return KeyedJaggedTensor(
+            keys=[slot.feature for slot in self.slots],
+            values=torch.from_numpy(np.concatenate([np.empty(0, np.int64), *numbers])),
+            lengths=request.lengths,
+            weights=weights,
+        )
+
+    def quantized(self, features: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
+        """torchrec's quantized module, float32 [B, D] by feature."""
+        result: dict[str, torch.Tensor] = self._quantized(features).to_dict()
+        return result
+
+    def eager(self, features: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
+        """The float32 eager model, float32 [B, D] by feature."""
+        with torch.no_grad():
+            result: dict[str, torch.Tensor] = self._eager(features).to_dict()
+        return result
+
+
+def _conversion_error(trained: torch.Tensor, precision: Precision) -> np.ndarray:
+    """The largest error that storing each value may make, float64 [n, D].
+
+    fp16 rounds to nearest: half a unit in the last of 11 bits, 2**-11 |x|, and half of 2**-24 below the normal range
+    (IEEE 754 binary16). fp32 stores what it gets.
+    """
+    magnitudes = trained.double().abs().numpy()
+    return np.zeros_like(magnitudes) if precision is Precision.FP32 else np.maximum(magnitudes * 2.0**-11, 2.0**-25)
+
+
+# --- Checks --------------------------------------------------------------------------------------------------------
+
+
+def check_parity(
+    artifact: Path,
+    config: LargeEmbeddingsConfig,
+    precisions: Mapping[str, Precision],
+    cases: Sequence[Case],
+    probes: Mapping[str, ProbeRows],
+    seed: int,
+) -> dict[str, Any]:
+    """Runs every case through the staged artifact and both references, and returns the report.
+
+    Raises:
+        GateError: naming the case, the feature, its table, the place and the numbers.
+    """
+    references = References(config, precisions, probes)
+    strict = load_artifact(artifact, verify="full", invalid_ids="error")
+    lenient = load_artifact(artifact, verify="sizes", invalid_ids="zero")
+    results = []
+    for number, case in enumerate(cases):
+        request = case.request(references.slots, seed + number)
+        results.append(_check_case(strict, lenient, references, case, request))
+    return {
+        "seed": seed,
+        "cases": results,
+        "serving": "bit-equal to torchrec's quantized EmbeddingBagCollection",
+        "quantization_max_error": max(result["max_error"] for result in results),
+        "quantization_max_share_of_bound": max(result["max_share_of_bound"] for result in results),
+    }
+
+
+def _check_case(
+    strict: Artifact, lenient: Artifact, references: References, case: Case, request: Request
+) -> dict[str, Any]:
+    bad = _has_invalid_ids(case, references.slots)
+    artifact = lenient if bad else strict
+    before = [None if part is None else part.clone() for part in request]
+    pooled = artifact.lookup(*request)
+    if not all(old is None or new is None or torch.equal(old, new) for old, new in zip(before, request, strict=True)):
+        raise GateError(f"parity case '{case.name}': the artifact changed its caller's tensors")
+    if bad:
+        _check_refusal(strict, case, request)
+    features = references.features(case, request)
+    columns = dict(
+        zip((slot.feature for slot in references.slots), pooled.split(_dims(references), dim=1), strict=True)
+    )
+    _check_permuted(artifact, case, request, references.slots, pooled)
+    bags = len(case.bags[0])
+    largest = share = 0.0
+    if bags:  # the references have no form for a batch of none; the shape is all there is to compare
+        quantized, eager = references.quantized(features), references.eager(features)
+        for number, slot in enumerate(references.slots):
+            got = columns[slot.feature]
+            _check_equal(case, slot, got, quantized[slot.feature])
+            bound = _bound(references, case, features, number)
+            error = np.abs(got.double().numpy() - eager[slot.feature].double().numpy())
+            _check_bound(case, slot, error, bound)
+            largest = max(largest, float(error.max()))
+            share = max(share, float(np.divide(error, bound, out=np.zeros_like(error), where=bound > 0).max()))
+    elif pooled.shape != (0, sum(_dims(references))):
+        raise GateError(
+            f"parity case '{case.name}': shape {list(pooled.shape)}, expected [0, {sum(_dims(references))}]"
+        )
+    return {
+        "name": case.name,
+        "bags": bags,
+        "ids": request.values.numel(),
+        "max_error": largest,
+        "max_share_of_bound": share,
+    }
+
+
+def _dims(references: References) -> list[int]:
+    return [slot.table.embedding_dim for slot in references.slots]
+
+
+def _has_invalid_ids(case: Case, slots: Sequence[Slot]) -> bool:
+    return any(
+        bool(((bag < 0) | (bag >= slot.table.num_embeddings)).any())
+        for slot, bags in zip(slots, case.bags, strict=True)
+        for bag in bags
+    )
+
+
+def _check_refusal(strict: Artifact, case: Case, request: Request) -> None:
+    try:
+        strict.lookup(*request)
+    except InvalidInputError:
+        return
+    raise GateError(f"parity case '{case.name}': the loader accepted an id outside its table")
+
+
+def _check_permuted(
+    artifact: Artifact, case: Case, request: Request, slots: Sequence[Slot], pooled: torch.Tensor
+) -> None:
+    """The same batch with its features in reverse order, by name, gives the same answer."""
+    counts = [sum(len(bag) for bag in bags) for bags in case.bags]
+    weights = request.per_sample_weights
+    reverse = KeyedJaggedTensor(
+        keys=[slot.feature for slot in reversed(slots)],
+        values=torch.cat(request.values.split(counts)[::-1]),
+        lengths=request.lengths.view(len(slots), -1).flip(0).reshape(-1),
+        weights=None if weights is None else torch.cat(weights.split(counts)[::-1]),
+    )
+    if not _same_bits(artifact(reverse).values, pooled):
+        raise GateError(f"parity case '{case.name}': another order of the features gives another answer")
+
+
+def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return torch.equal(left.contiguous().view(torch.int32), right.contiguous().view(torch.int32))
+
+
+def _check_equal(case: Case, slot: Slot, got: torch.Tensor, expected: torch.Tensor) -> None:
+    if not _same_bits(got, expected):
+        different = got.contiguous().view(torch.int32) != expected.contiguous().view(torch.int32)
+        bag, column = different.nonzero()[0].tolist()
+        raise GateError(
+            f"parity case '{case.name}': feature '{slot.feature}' (table '{slot.table.name}'), bag {bag}, column {column}: "
+            f"the artifact gives {got[bag, column].item()!r}, torchrec's quantized module {expected[bag, column].item()!r}"
+        )
+
+
+def _bound(references: References, case: Case, features: KeyedJaggedTensor, number: int) -> np.ndarray:
+    """The largest distance that rounding alone explains, float64 [B, D], for one slot.
+
+    Storing a row is off by at most `_conversion_error`. A float32 sum of L products, in any order, fused or not, is off
+    by at most gamma(L) * sum |w x|, gamma(k) = k u / (1 - k u), u = 2**-24 (Higham, Accuracy and Stability of Numerical
+    Algorithms, section 3.1); mean pooling adds two roundings. Both sides sum, hence twice.
+    """
+    slot = references.slots[number]
+    table = slot.table.name
+    rows = references.renumber(case)[number]
+    weights = np.ones(sum(len(bag) for bag in rows))
+    if features.weights_or_none() is not None:
+        weights = features[slot.feature].weights().abs().double().numpy()
+    magnitudes, errors = references.trained[table].double().abs().numpy(), references.error_bounds[table]
+    bound = np.zeros((len(rows), slot.table.embedding_dim))
+    start = 0
+    for bag, ids in enumerate(rows):
+        scale = weights[start : start + len(ids), None]
+        start += len(ids)
+        conversion = (scale * errors[ids]).sum(0)
+        k = (len(ids) + 3) * 2.0**-24
+        summation = 2 * k / (1 - k) * ((scale * magnitudes[ids]).sum(0) + conversion)
+        mean = len(ids) if slot.table.pooling == "mean" and len(ids) else 1
+        bound[bag] = (conversion + summation) / mean
+    return bound
+
+
+def _check_bound(case: Case, slot: Slot, error: np.ndarray, bound: np.ndarray) -> None:
+    if not (error <= bound).all():
+        bag, column = (int(part) for part in np.argwhere(~(error <= bound))[0])
+        raise GateError(
+            f"parity case '{case.name}': feature '{slot.feature}' (table '{slot.table.name}'), bag {bag}, column {column}: "
+            f"the artifact is {error[bag, column]:.6g} from the float32 model, the bound is {bound[bag, column]:.6g}"
+        )

@@ -1,0 +1,13 @@
+"""Training snapshots: the only place that reads a checkpoint.
+
+    with_rows = open_snapshot(SnapshotConfig(uri="snapshots/demo")).table(table_config)
+    for start, rows in with_rows.chunks(4096): ...
+
+Modules: `source` (finds the snapshot, its format and a table in it), `rows` (a table's rows, read by range), and one
+module a format that says which bytes of which file hold which rows: `dcp`, `safetensors_files`, `state_dict`.
+"""
+
+from export.snapshots.rows import TableRows
+from export.snapshots.source import Snapshot, open_snapshot
+
+__all__ = ["Snapshot", "TableRows", "open_snapshot"]

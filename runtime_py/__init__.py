@@ -1,0 +1,49 @@
+"""Loads a verified embedding artifact and looks embeddings up in it. Needs torch, numpy and the FBGEMM kernels.
+
+    from runtime_py import load_artifact
+    artifact = load_artifact("artifacts/demo")
+    pooled = artifact({"user_id": [[3, 5], []], "item_id": [[7], [1, 2]]})
+
+Modules: `artifact` (load and look up), `inputs` (requests and their checks), `verify` (is it what was published),
+`weights` (the mapped weight file), `manifest` (the contract), `digests`, `errors`.
+"""
+
+from runtime_py.artifact import Artifact, Pooled, load_artifact
+from runtime_py.errors import (
+    ArtifactError,
+    DigestMismatchError,
+    ExtraFileError,
+    GraphError,
+    InvalidInputError,
+    ManifestError,
+    MissingFileError,
+    SizeMismatchError,
+    UnknownFieldError,
+    UnknownFormatVersionError,
+    UnsupportedError,
+    WeightFileError,
+)
+from runtime_py.inputs import Jagged
+from runtime_py.manifest import Manifest
+from runtime_py.verify import verify_artifact
+
+__all__ = [
+    "Artifact",
+    "ArtifactError",
+    "DigestMismatchError",
+    "ExtraFileError",
+    "GraphError",
+    "InvalidInputError",
+    "Jagged",
+    "Manifest",
+    "ManifestError",
+    "MissingFileError",
+    "Pooled",
+    "SizeMismatchError",
+    "UnknownFieldError",
+    "UnknownFormatVersionError",
+    "UnsupportedError",
+    "WeightFileError",
+    "load_artifact",
+    "verify_artifact",
+]

@@ -1,0 +1,196 @@
+"""Loading an artifact, and looking embeddings up in it.
+
+`load_artifact` verifies first, then maps the rows, loads the graph from the very bytes that were verified, attaches the
+mapping to it and warms it up. Nothing is copied: N processes that load one artifact hold one copy of the rows.
+"""
+
+import importlib.util
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from runtime_py.errors import GraphError, UnsupportedError
+from runtime_py.inputs import Request, RequestReader
+from runtime_py.manifest import Graph, Manifest
+from runtime_py.verify import Verify, open_verified
+
+__all__ = ["Artifact", "Pooled", "load_artifact"]
+
+InvalidIds = Literal["error", "zero"]
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """The pooled embeddings of one batch: `values` float32 [B, sum(D)], and a view of them by output key."""
+
+    values: torch.Tensor
+    columns: dict[str, tuple[int, int]]
+
+    def keys(self) -> list[str]:
+        """The output keys, in column order."""
+        return list(self.columns)
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        """float32 [B, D] of one output key."""
+        start, end = self.columns[key]
+        return self.values[:, start:end]
+
+    def to_dict(self) -> dict[str, torch.Tensor]:
+        """float32 [B, D] by output key."""
+        return {key: self[key] for key in self.columns}
+
+
+class Artifact:
+    """A loaded artifact: call it with a request by name, or `lookup` with the raw signature.
+
+    It holds no state that a call changes, so any number of threads may use one.
+    """
+
+    def __init__(self, manifest: Manifest, graph: torch.jit.ScriptModule, invalid_ids: InvalidIds) -> None:
+        self.manifest = manifest
+        self._graph = graph
+        self._reader = RequestReader(manifest)
+        self._check_ids = invalid_ids == "error"
+        self._columns: dict[str, tuple[int, int]] = {}
+        end = 0
+        for output in manifest.outputs:
+            self._columns[output.key] = (end, end + output.dim)
+            end += output.dim
+
+    def __repr__(self) -> str:
+        return f"Artifact({self.manifest.artifact_id[:12]}, features={self._reader.features})"
+
+    def __call__(self, features: Any) -> Pooled:
+        """Looks up one batch given by feature name.
+
+        Args:
+            features: a mapping from each feature name to B bags of ids (or to a `Jagged`), or a torchrec
+                `KeyedJaggedTensor` in any key order.
+
+        Raises:
+            InvalidInputError: naming feature, position, value and what is allowed.
+        """
+        values, lengths, weights = self._reader.read(features)
+        return Pooled(self.lookup(values, lengths, weights), self._columns)
+
+    def lookup(
+        self, values: torch.Tensor, lengths: torch.Tensor, per_sample_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Looks up one batch in the raw signature, and returns float32 [B, sum(D)].
+
+        Args:
+            values: int64 [N], the ids, feature after feature in the manifest's order.
+            lengths: int32 [F * B], feature-major: how many ids each bag has.
+            per_sample_weights: float32 [N] where the artifact is weighted, else None.
+
+        Raises:
+            InvalidInputError: naming feature, position, value and what is allowed.
+        """
+        request = self._reader.check(Request(values, lengths, per_sample_weights), ids=self._check_ids)
+        return self._run(request)
+
+    def _run(self, request: Request) -> torch.Tensor:
+        values, lengths, weights = request
+        pooled: torch.Tensor = (
+            self._graph(values, lengths) if weights is None else self._graph(values, lengths, weights)
+        )
+        return pooled
+
+    def warm_up(self) -> None:
+        """Runs the graph until TorchScript has specialised it: the first two calls take some 50 ms."""
+        count = len(self.manifest.features)
+        weights = torch.ones(count) if self.manifest.weighted else None
+        for _ in range(3):
+            self._run(Request(torch.zeros(count, dtype=torch.int64), torch.ones(count, dtype=torch.int32), weights))
+
+
+def load_artifact(
+    path: str | os.PathLike[str],
+    *,
+    device: str = "cpu",
+    backend: str = "torchscript",
+    verify: Verify = "full",
+    invalid_ids: InvalidIds = "error",
+) -> Artifact:
+    """Verifies an artifact and makes it ready to serve.
+
+    Args:
+        path: the artifact's folder.
+        device: "cpu".
+        backend: "torchscript".
+        verify: "full" compares every digest, "sizes" compares all but the rows' (see `verify_artifact`).
+        invalid_ids: "error" refuses a request with an id outside its table; "zero" gives that id a zero vector.
+
+    Raises:
+        ArtifactError: the artifact is damaged (see `verify_artifact`).
+        UnsupportedError: it has no graph for this device and backend.
+        GraphError: its graph cannot run here, or does not fit its rows.
+    """
+    if invalid_ids not in ("error", "zero"):
+        raise ValueError(f"invalid_ids must be 'error' or 'zero', got {invalid_ids!r}")
+    verified = open_verified(Path(path), verify)
+    with verified.weights:
+        manifest = verified.manifest
+        graph = _choose_graph(manifest, backend, device)
+        _load_operators(graph)
+        scripted = _load_torchscript(manifest, graph, verified.contents[graph.path])
+        scripted.weights = verified.weights.map()
+    artifact = Artifact(manifest, scripted, invalid_ids)
+    artifact.warm_up()
+    return artifact
+
+
+def _choose_graph(manifest: Manifest, backend: str, device: str) -> Graph:
+    for graph in manifest.graphs:
+        if (graph.backend, graph.target) == (backend, device):
+            return graph
+    has = ", ".join(f"{graph.backend} for {graph.target}" for graph in manifest.graphs)
+    raise UnsupportedError(f"the artifact has no graph '{backend}' for device '{device}'; it has: {has}")
+
+
+def _load_operators(graph: Graph) -> None:
+    """Loads the FBGEMM libraries that the graph names, and no other: 4 ms where `import fbgemm_gpu` takes 550."""
+    spec = importlib.util.find_spec("fbgemm_gpu")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    if not folders:
+        raise GraphError(
+            f"{graph.path} needs FBGEMM's operators ({', '.join(graph.operator_libraries)}), and no fbgemm_gpu is "
+            f"installed; install fbgemm-gpu-cpu or fbgemm-gpu {graph.fbgemm_gpu}"
+        )
+    for name in graph.operator_libraries:
+        library = Path(folders[0], f"{name}.so")
+        try:
+            torch.ops.load_library(library)
+        except OSError as error:
+            raise GraphError(
+                f"{graph.path} needs {library}, which cannot be loaded: {error}; {_versions(graph)}"
+            ) from error
+
+
+def _load_torchscript(manifest: Manifest, graph: Graph, data: bytes) -> torch.jit.ScriptModule:
+    try:
+        scripted: torch.jit.ScriptModule = torch.jit.load(io.BytesIO(data), map_location="cpu")
+    except RuntimeError as error:
+        raise GraphError(f"{graph.path} cannot be loaded: {_last_line(error)}; {_versions(graph)}") from error
+    weights, weights_bytes = getattr(scripted, "weights", None), getattr(scripted, "weights_bytes", None)
+    if not isinstance(weights, torch.Tensor) or weights.dtype is not torch.uint8:
+        raise GraphError(
+            f"{graph.path} has no uint8 attribute 'weights' to attach the rows to; build the artifact again"
+        )
+    if weights_bytes != manifest.weights_bytes:
+        raise GraphError(
+            f"{graph.path} reads {weights_bytes} bytes of rows, the weight file has {manifest.weights_bytes}"
+        )
+    return scripted
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
+def _versions(graph: Graph) -> str:
+    return f"it was built with torch {graph.torch} and FBGEMM {graph.fbgemm_gpu}, this is torch {torch.__version__}"

@@ -1,0 +1,67 @@
+"""What the loader refuses, one class a kind, so that a server can tell a damaged artifact from a bad request.
+
+`ArtifactError` is the root; everything but `InvalidInputError` means that the artifact must not be served.
+"""
+
+__all__ = [
+    "ArtifactError",
+    "DigestMismatchError",
+    "ExtraFileError",
+    "GraphError",
+    "InvalidInputError",
+    "ManifestError",
+    "MissingFileError",
+    "SizeMismatchError",
+    "UnknownFieldError",
+    "UnknownFormatVersionError",
+    "UnsupportedError",
+    "WeightFileError",
+]
+
+
+class ArtifactError(Exception):
+    """Root of every error that this package raises on purpose."""
+
+
+class ManifestError(ArtifactError):
+    """manifest.json is unreadable, malformed, or contradicts itself."""
+
+
+class UnknownFormatVersionError(ManifestError):
+    """The artifact was written in a format version that this reader does not know."""
+
+
+class UnknownFieldError(ManifestError):
+    """manifest.json has a field that this format version does not define."""
+
+
+class MissingFileError(ArtifactError):
+    """A file that the manifest lists is not there."""
+
+
+class ExtraFileError(ArtifactError):
+    """The folder holds something that the manifest does not list, or a link."""
+
+
+class SizeMismatchError(ArtifactError):
+    """A file has another size than the manifest says."""
+
+
+class DigestMismatchError(ArtifactError):
+    """A file's bytes are not those that were published."""
+
+
+class WeightFileError(ArtifactError):
+    """The weight file's header and the manifest disagree."""
+
+
+class GraphError(ArtifactError):
+    """A graph cannot be loaded here, or does not fit the weight file."""
+
+
+class UnsupportedError(ArtifactError):
+    """The artifact has no graph for what was asked: another backend, target or option."""
+
+
+class InvalidInputError(ArtifactError, ValueError):
+    """A request was refused; the message names the feature, the position, the value and what is allowed."""

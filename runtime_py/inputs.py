@@ -1,0 +1,277 @@
+"""Requests: from what a caller has to the graph's signature, and the checks that stand between the two.
+
+Everything here ends in the raw signature: `values` int64 [N], `lengths` int32 [F * B] (feature-major: all bags of the
+first feature, then of the second), and `per_sample_weights` float32 [N] where the artifact is weighted. N is the number
+of ids, F of features, B of bags a feature. No check and no conversion ever writes to a caller's tensor.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from runtime_py.errors import InvalidInputError
+from runtime_py.manifest import Manifest
+
+__all__ = ["Jagged", "Request", "RequestReader"]
+
+
+class Jagged(NamedTuple):
+    """The bags of one feature: `values` [N], `lengths` [B], and `per_sample_weights` [N] for a weighted feature."""
+
+    values: Any
+    lengths: Any
+    per_sample_weights: Any = None
+
+
+class Request(NamedTuple):
+    """A batch in the raw signature."""
+
+    values: torch.Tensor
+    lengths: torch.Tensor
+    per_sample_weights: torch.Tensor | None
+
+
+class RequestReader:
+    """Reads and checks the requests of one artifact."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.features = [feature.name for feature in manifest.features]
+        self._weighted = {feature.name for feature in manifest.features if feature.weighted}
+        self._num_embeddings = [manifest.table[feature.table].num_embeddings for feature in manifest.features]
+        self._limits = torch.tensor(self._num_embeddings)
+
+    # --- Reading ----------------------------------------------------------------------------------------------------
+
+    def read(self, features: Any) -> Request:
+        """A mapping by feature name, or a `KeyedJaggedTensor` in any key order, as a request.
+
+        A mapping's values are one of: a sequence of B bags, each a sequence of ids; a `Jagged`, or torchrec's
+        `JaggedTensor`. `KeyedJaggedTensor` is recognised by its methods, so that torchrec need not be imported.
+
+        Raises:
+            InvalidInputError: a feature is missing or unknown, batch sizes differ, or something is no id.
+        """
+        if isinstance(features, Mapping):
+            return self._read_mapping(features)
+        if hasattr(features, "keys") and hasattr(features, "lengths") and hasattr(features, "values"):
+            return self._read_keyed_jagged(features)
+        raise InvalidInputError(
+            f"expected a mapping by feature name or a KeyedJaggedTensor, got {type(features).__name__}; "
+            f"features: {', '.join(self.features)}"
+        )
+
+    def _read_mapping(self, features: Mapping[str, Any]) -> Request:
+        self._check_names(list(features))
+        bags = [self._read_feature(name, features[name]) for name in self.features]
+        batch = len(bags[0].lengths)
+        for name, jagged in zip(self.features, bags, strict=True):
+            if len(jagged.lengths) != batch:
+                raise InvalidInputError(
+                    f"feature '{name}': {len(jagged.lengths)} bags, and '{self.features[0]}' has {batch}; "
+                    "every feature has one bag for each example"
+                )
+        weights = None
+        if self._weighted:
+            # A feature without weights takes part with 1.0, which the graph does not read.
+            weights = torch.cat(
+                [
+                    torch.ones(len(jagged.values)) if jagged.per_sample_weights is None else jagged.per_sample_weights
+                    for jagged in bags
+                ]
+            )
+        return Request(
+            torch.cat([jagged.values for jagged in bags]), torch.cat([jagged.lengths for jagged in bags]), weights
+        )
+
+    def _check_names(self, names: Sequence[str]) -> None:
+        unknown = [name for name in names if name not in self.features]
+        if unknown:
+            near = difflib.get_close_matches(str(unknown[0]), self.features, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"features: {', '.join(self.features)}"
+            raise InvalidInputError(f"unknown feature '{unknown[0]}'; {hint}")
+        missing = [name for name in self.features if name not in names]
+        if missing:
+            raise InvalidInputError(f"missing feature '{missing[0]}'; give every one of {', '.join(self.features)}")
+        if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InvalidInputError(f"feature '{twice}' is given twice")
+
+    def _read_feature(self, name: str, bags: Any) -> Jagged:
+        if isinstance(bags, Jagged):
+            values, lengths, weights = bags
+        elif hasattr(bags, "weights_or_none") and hasattr(bags, "lengths"):
+            values, lengths, weights = bags.values(), bags.lengths(), bags.weights_or_none()
+        else:
+            values, lengths, weights = *self._flatten(name, bags), None
+        values = _integers(f"feature '{name}': values", values, torch.int64)
+        lengths = _integers(f"feature '{name}': lengths", lengths, torch.int32)
+        if len(lengths) and int(lengths.min()) < 0:
+            bag = int((lengths < 0).nonzero()[0])
+            raise InvalidInputError(
+                f"feature '{name}': length of bag {bag} is {int(lengths[bag])}; a length is 0 or more"
+            )
+        total = int(lengths.sum())
+        if total != len(values):
+            raise InvalidInputError(f"feature '{name}': lengths add up to {total}, and there are {len(values)} values")
+        if (weights is not None) != (name in self._weighted):
+            takes = "takes per-sample weights: give Jagged(values, lengths, per_sample_weights)"
+            raise InvalidInputError(f"feature '{name}' {takes if weights is None else 'takes no per-sample weights'}")
+        if weights is not None:
+            weights = _floats(f"feature '{name}': per_sample_weights", weights, len(values))
+        return Jagged(values, lengths, weights)
+
+    def _flatten(self, name: str, bags: Any) -> tuple[np.ndarray, np.ndarray]:
+        if isinstance(bags, str | bytes) or not hasattr(bags, "__len__"):
+            raise InvalidInputError(f"feature '{name}': expected a sequence of bags, got {bags!r:.80}")
+        arrays = []
+        for position, bag in enumerate(bags):
+            if isinstance(bag, str | bytes) or not hasattr(bag, "__len__"):
+                raise InvalidInputError(
+                    f"feature '{name}', bag {position}: expected a sequence of ids, got {bag!r:.80}; "
+                    "a batch is a list of bags, such as [[3, 5], []]"
+                )
+            arrays.append(self._bag(name, position, bag))
+        values = np.concatenate([np.empty(0, np.int64), *arrays])
+        return values, np.array([len(array) for array in arrays], np.int32)
+
+    def _bag(self, name: str, position: int, bag: Any) -> np.ndarray:
+        where = f"feature '{name}', bag {position}"
+        try:
+            array = np.asarray(bag)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InvalidInputError(f"{where}: expected ids, got {bag!r:.80}") from error
+        if array.ndim != 1:
+            raise InvalidInputError(f"{where}: expected a flat sequence of ids, got shape {list(array.shape)}")
+        if array.size == 0:
+            return np.empty(0, np.int64)
+        if array.dtype.kind not in "iu" or array.dtype == np.uint64:
+            wrong = next(
+                (item for item in bag if not isinstance(item, int | np.integer) or isinstance(item, bool)), bag
+            )
+            raise InvalidInputError(f"{where}: an id is a 64-bit integer, got {wrong!r:.80} ({array.dtype})")
+        return array.astype(np.int64)
+
+    def _read_keyed_jagged(self, features: Any) -> Request:
+        keys = list(features.keys())
+        self._check_names(keys)
+        if getattr(features, "variable_stride_per_key", bool)():
+            raise InvalidInputError("the KeyedJaggedTensor has another batch size for each key; give one batch size")
+        values, lengths, weights = features.values(), features.lengths(), features.weights_or_none()
+        if (weights is not None) != bool(self._weighted):
+            takes = f"features {sorted(self._weighted)} take" if self._weighted else "no feature takes"
+            raise InvalidInputError(f"KeyedJaggedTensor: {takes} per-sample weights")
+        if keys == self.features:
+            return Request(values, lengths, weights)
+        if lengths.numel() % len(keys):
+            raise InvalidInputError(f"KeyedJaggedTensor: {lengths.numel()} lengths for {len(keys)} keys")
+        order = [keys.index(name) for name in self.features]
+        by_key = lengths.view(len(keys), -1)
+        counts = by_key.sum(1).tolist()
+        if min(counts) < 0 or sum(counts) != values.numel():
+            raise InvalidInputError(
+                f"KeyedJaggedTensor: lengths add up to {counts}, and there are {values.numel()} values"
+            )
+        pieces = values.split(counts)
+        weight_pieces = None if weights is None else weights.split(counts)
+        return Request(
+            torch.cat([pieces[i] for i in order]),
+            by_key[order].reshape(-1),
+            None if weight_pieces is None else torch.cat([weight_pieces[i] for i in order]),
+        )
+
+    # --- Checking ---------------------------------------------------------------------------------------------------
+
+    def check(self, request: Request, *, ids: bool) -> Request:
+        """Checks a request in the raw signature, and returns it with the graph's dtypes.
+
+        Args:
+            request: values and lengths of any integer type, weights of any float type.
+            ids: whether an id outside its table is an error; otherwise the graph makes it a zero vector.
+
+        Raises:
+            InvalidInputError: naming feature, position, value and what is allowed.
+        """
+        values = _integers("values", request.values, torch.int64)
+        lengths = _integers("lengths", request.lengths, torch.int32)
+        weights = request.per_sample_weights
+        if (weights is not None) != bool(self._weighted):
+            takes = f"features {sorted(self._weighted)} take" if self._weighted else "this artifact takes no"
+            raise InvalidInputError(f"per_sample_weights: {takes} per-sample weights")
+        if weights is not None:
+            weights = _floats("per_sample_weights", weights, values.numel())
+        if lengths.numel() % len(self.features):
+            raise InvalidInputError(
+                f"lengths: {lengths.numel()} do not divide into {len(self.features)} features ({', '.join(self.features)})"
+            )
+        by_feature = lengths.view(len(self.features), -1)
+        if lengths.numel() and int(lengths.min()) < 0:
+            feature, bag = (by_feature < 0).nonzero()[0].tolist()
+            got = int(by_feature[feature, bag])
+            raise InvalidInputError(
+                f"feature '{self.features[feature]}': length of bag {bag} is {got}; a length is 0 or more"
+            )
+        counts = by_feature.sum(1)
+        if int(counts.sum()) != values.numel():
+            by_name = ", ".join(f"{name} {count}" for name, count in zip(self.features, counts.tolist(), strict=True))
+            raise InvalidInputError(
+                f"lengths add up to {int(counts.sum())} ({by_name}), and there are {values.numel()} values"
+            )
+        if ids:
+            limits = torch.repeat_interleave(self._limits, counts, output_size=values.numel())
+            bad = (values < 0) | (values >= limits)
+            if bool(bad.any()):
+                raise InvalidInputError("; ".join(self._describe_ids(values, by_feature, bad)))
+        return Request(values, lengths, weights)
+
+    def _describe_ids(self, values: torch.Tensor, by_feature: torch.Tensor, bad: torch.Tensor) -> Iterator[str]:
+        """One part for each feature that has ids outside its table: the first of them, and how many."""
+        start = 0
+        for name, limit, lengths in zip(self.features, self._num_embeddings, by_feature, strict=True):
+            count = int(lengths.sum())
+            here = bad[start : start + count]
+            if bool(here.any()):
+                position = int(here.nonzero()[0])
+                ends = lengths.cumsum(0)
+                bag = int(torch.searchsorted(ends, position, right=True))
+                inside = position - int(ends[bag] - lengths[bag])
+                number = int(here.sum())
+                more = f" (and {number - 1} more)" if number > 1 else ""
+                got = int(values[start + position])
+                yield f"feature '{name}', bag {bag}, position {inside}: id {got} is outside [0, {limit - 1}]{more}"
+            start += count
+
+
+def _integers(what: str, data: Any, dtype: torch.dtype) -> torch.Tensor:
+    """`data` as a 1-D CPU tensor of `dtype`; the same tensor where it already is one."""
+    tensor = _tensor(what, data)
+    if tensor.dtype not in (torch.int64, torch.int32) and tensor.numel():
+        raise InvalidInputError(f"{what}: expected int64 or int32, got {str(tensor.dtype).removeprefix('torch.')}")
+    if dtype is torch.int32 and tensor.dtype is torch.int64 and tensor.numel() and int(tensor.abs().max()) >= 2**31:
+        raise InvalidInputError(f"{what}: {int(tensor.abs().max())} does not fit int32")
+    return tensor.to(dtype)
+
+
+def _floats(what: str, data: Any, count: int) -> torch.Tensor:
+    tensor = _tensor(what, data)
+    if not tensor.dtype.is_floating_point and tensor.numel():
+        raise InvalidInputError(f"{what}: expected float32, got {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.numel() != count:
+        raise InvalidInputError(f"{what}: {tensor.numel()} weights for {count} values")
+    return tensor.to(torch.float32)
+
+
+def _tensor(what: str, data: Any) -> torch.Tensor:
+    if not isinstance(data, torch.Tensor):
+        try:
+            data = torch.from_numpy(np.array(data))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InvalidInputError(f"{what}: expected numbers, got {data!r:.80}") from error
+    if data.dim() != 1:
+        raise InvalidInputError(f"{what}: expected one dimension, got shape {list(data.shape)}")
+    if data.device.type != "cpu":
+        raise InvalidInputError(f"{what}: expected a tensor on the CPU, got one on {data.device}")
+    tensor: torch.Tensor = data.detach()
+    return tensor

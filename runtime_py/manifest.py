@@ -1,0 +1,398 @@
+"""The manifest: what an artifact promises, read strictly and written canonically.
+
+`artifacts/FORMAT.md` is the specification. A reader refuses whatever it does not understand: an unknown version or
+field, a missing one, a wrong type, a path that leaves the artifact, and figures that contradict one another.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import types
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from runtime_py.digests import ROWS, SHA256, TABLES, ZEROED, Digest
+from runtime_py.errors import ManifestError, UnknownFieldError, UnknownFormatVersionError
+
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST",
+    "ROW_FORMATS",
+    "WEIGHTS",
+    "Feature",
+    "File",
+    "Graph",
+    "Manifest",
+    "Output",
+    "Provenance",
+    "SnapshotIdentity",
+    "Table",
+    "parse_manifest",
+    "read_manifest",
+]
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "weights/tables.safetensors"
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How one serving precision is stored: the safetensors dtype, and FBGEMM's number for it (`SparseType`)."""
+
+    safetensors_dtype: str
+    sparse_type: int
+    element_bytes: int
+
+
+ROW_FORMATS = {
+    "fp32": RowFormat("F32", 0, 4),
+    "fp16": RowFormat("F16", 1, 2),
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """E = `num_embeddings` canonical rows of D = `embedding_dim` values, at `offset_bytes` of the weight data."""
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+    serving_precision: Literal["fp32", "fp16"]
+    row_bytes: int
+    offset_bytes: int
+    digest: Digest
+
+    @property
+    def bytes(self) -> int:
+        """All of the table's rows."""
+        return self.num_embeddings * self.row_bytes
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One input of the lookup, in graph order, and the table that it looks rows up in."""
+
+    name: str
+    table: str
+    pooling: Literal["sum", "mean"]
+    weighted: bool
+
+
+@dataclass(frozen=True)
+class Output:
+    """One block of output columns, in graph order."""
+
+    key: str
+    dim: int
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One exported form of the lookup, and what it needs from the machine that runs it."""
+
+    backend: Literal["torchscript"]
+    target: Literal["cpu"]
+    path: str
+    operator_libraries: list[str]
+    torch: str
+    fbgemm_gpu: str
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of the artifact other than the manifest."""
+
+    path: str
+    bytes: int
+    digest: Digest
+
+
+@dataclass(frozen=True)
+class SnapshotIdentity:
+    """The training state that the rows came from; `digest` is of its index, not of its rows."""
+
+    uri: str
+    format: str
+    step: int | None
+    digest: Digest
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the artifact came from. None of it enters the artifact id."""
+
+    snapshots: list[SnapshotIdentity]
+    configuration: Json
+    tools: dict[str, str]
+    built_at: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json` of format version 1."""
+
+    format_version: int
+    artifact_id: str
+    tables: list[Table]
+    features: list[Feature]
+    outputs: list[Output]
+    weighted: bool
+    weights_offset_bytes: int
+    weights_bytes: int
+    graphs: list[Graph]
+    files: list[File]
+    accuracy: Json
+    parity: Json
+    provenance: Provenance
+    manifest_digest: Digest
+
+    @cached_property
+    def table(self) -> dict[str, Table]:
+        """The tables by name."""
+        return {table.name: table for table in self.tables}
+
+    @cached_property
+    def file(self) -> dict[str, File]:
+        """The files by path."""
+        return {file.path: file for file in self.files}
+
+    def to_bytes(self) -> bytes:
+        """The bytes of manifest.json, with a fresh manifest digest."""
+        zeroed = dataclasses.replace(self, manifest_digest=Digest(ZEROED, "0" * 64))
+        text = json.dumps(dataclasses.asdict(zeroed), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        value = hashlib.sha256(text.encode()).hexdigest()
+        # The digest is the last field, so that its zeros are the last 64 in the text.
+        head, zeros, tail = text.rpartition("0" * 64)
+        return (head + value + tail if zeros else text).encode()
+
+
+def compute_artifact_id(manifest: Manifest) -> str:
+    """The identity of what the artifact does, as 64 hexadecimal digits.
+
+    SHA-256 of the canonical JSON (keys sorted, no spaces, UTF-8) of the tables with their row digests, the features,
+    the outputs and the kinds of graph. Provenance, reports and the graph files' own bytes are outside it, so that the
+    same rows give the same id from any snapshot format on any machine.
+    """
+    content = {
+        "features": [dataclasses.asdict(feature) for feature in manifest.features],
+        "graphs": sorted({graph.backend for graph in manifest.graphs}),
+        "outputs": [dataclasses.asdict(output) for output in manifest.outputs],
+        "tables": [
+            {
+                "digest": str(table.digest),
+                "embedding_dim": table.embedding_dim,
+                "name": table.name,
+                "num_embeddings": table.num_embeddings,
+                "serving_precision": table.serving_precision,
+            }
+            for table in manifest.tables
+        ],
+    }
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def row_bytes(precision: str, embedding_dim: int) -> int:
+    """Bytes of one canonical row."""
+    return ROW_FORMATS[precision].element_bytes * embedding_dim
+
+
+# --- Reading -------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(artifact: Path) -> Manifest:
+    """Reads, parses and checks `<artifact>/manifest.json`.
+
+    Raises:
+        ManifestError: no manifest (so no artifact), or one of the kinds of `parse_manifest`.
+    """
+    path = artifact / MANIFEST
+    if path.is_symlink():
+        raise ManifestError(f"{path}: is a symbolic link; an artifact holds none")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ManifestError(
+            f"{path}: cannot be read: {error.strerror}; without a manifest there is no artifact"
+        ) from error
+    try:
+        return parse_manifest(data)
+    except ManifestError as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Parses the bytes of a manifest.
+
+    Raises:
+        UnknownFormatVersionError: `format_version` is not 1.
+        UnknownFieldError: a field that version 1 does not define.
+        ManifestError: not UTF-8 JSON, a duplicate key, a missing field, a wrong type, a digest that does not match,
+            or fields that contradict one another.
+    """
+    try:
+        document = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ManifestError(f"is damaged: not UTF-8 JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ManifestError(f"is damaged: expected an object, got {type(document).__name__}")
+    version = document.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise UnknownFormatVersionError(f"format_version is {version!r}, this reader knows {FORMAT_VERSION}")
+    manifest: Manifest = _decode(Manifest, document, "")
+    _check_digest(data, manifest.manifest_digest)
+    _check_consistency(manifest)
+    return manifest
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> Json:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ManifestError(f"is damaged: a key is given twice among {sorted(key for key, _ in pairs)}")
+    return result
+
+
+def _refuse_constant(name: str) -> None:
+    raise ManifestError(f"is damaged: {name} is no JSON number")
+
+
+def _decode(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type `hint`, without any conversion: the types of the dataclasses are the schema."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _decode_dataclass(hint, _expect(dict, value, where), where)
+    if origin is list:
+        return [_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(_expect(list, value, where))]
+    if origin is dict:
+        items = _expect(dict, value, where).items()
+        return {
+            key: value if arguments[1] is Any else _decode(arguments[1], value, f"{where}.{key}")
+            for key, value in items
+        }
+    if origin is Literal:
+        if value not in arguments or type(value) is not type(arguments[0]):
+            raise ManifestError(f"{where}: expected one of {list(arguments)}, got {value!r}")
+        return value
+    if origin in (Union, types.UnionType):
+        return None if value is None else _decode(arguments[0], value, where)
+    return _expect(hint, value, where)
+
+
+def _decode_dataclass(hint: Any, value: Json, where: str) -> Any:
+    hints = get_type_hints(hint)
+    names = [field.name for field in dataclasses.fields(hint)]
+    prefix = f"{where}." if where else ""
+    unknown = [key for key in value if key not in names]
+    if unknown:
+        raise UnknownFieldError(
+            f"unknown field '{prefix}{unknown[0]}'; format version {FORMAT_VERSION} does not define it"
+        )
+    missing = [name for name in names if name not in value]
+    if missing:
+        raise ManifestError(f"field '{prefix}{missing[0]}' is missing")
+    return hint(**{name: _decode(hints[name], value[name], prefix + name) for name in names})
+
+
+def _expect(kind: Any, value: Any, where: str) -> Any:
+    if type(value) is not kind:  # exact: a bool is no int here
+        raise ManifestError(f"{where}: expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def _check_digest(data: bytes, digest: Digest) -> None:
+    value = digest.value.encode()
+    if digest.algorithm != ZEROED or data.count(value) != 1 or len(value) != 64:
+        raise ManifestError(f"is damaged: manifest_digest must be {ZEROED} with 64 digits, got {digest}")
+    computed = hashlib.sha256(data.replace(value, b"0" * 64)).hexdigest()
+    if computed != digest.value:
+        raise ManifestError(f"is damaged: its digest is {computed}, and it says {digest.value}")
+
+
+_LIBRARY = re.compile(r"[A-Za-z0-9_]+")
+_HEX = re.compile(r"[0-9a-f]{64}")
+
+
+def _check_consistency(manifest: Manifest) -> None:
+    _check_unique("tables", [table.name for table in manifest.tables])
+    _check_unique("features", [feature.name for feature in manifest.features])
+    _check_unique("outputs", [output.key for output in manifest.outputs])
+    _check_unique("graphs", [f"{graph.backend} for {graph.target}" for graph in manifest.graphs])
+    _check_unique("files", [file.path for file in manifest.files])
+    for file in manifest.files:
+        _check_path(file.path)
+        expected = TABLES if file.path == WEIGHTS else SHA256
+        if file.digest.algorithm != expected:
+            raise ManifestError(f"{file.path}: digest algorithm '{file.digest.algorithm}', expected '{expected}'")
+        _check_hex(file.path, file.digest)
+    if WEIGHTS not in manifest.file:
+        raise ManifestError(f"files: '{WEIGHTS}' is not listed")
+    for table in manifest.tables:
+        _check_table(table)
+    for feature in manifest.features:
+        if feature.table not in manifest.table:
+            raise ManifestError(f"feature '{feature.name}': table '{feature.table}' is not in the manifest")
+    if not manifest.graphs:
+        raise ManifestError("graphs: an artifact has at least one")
+    for graph in manifest.graphs:
+        if graph.path not in manifest.file or graph.path == WEIGHTS:
+            raise ManifestError(f"graph '{graph.backend}': '{graph.path}' is not among the files")
+        for library in graph.operator_libraries:
+            if not _LIBRARY.fullmatch(library):
+                raise ManifestError(f"graph '{graph.backend}': {library!r} is no library name")
+    if manifest.weighted != any(feature.weighted for feature in manifest.features):
+        raise ManifestError(f"weighted is {manifest.weighted}, and the features say otherwise")
+    dims = [(feature.name, manifest.table[feature.table].embedding_dim) for feature in manifest.features]
+    if [(output.key, output.dim) for output in manifest.outputs] != dims:
+        raise ManifestError(f"outputs do not follow from the features, whose dims are {dict(dims)}")
+    size = manifest.weights_offset_bytes + manifest.weights_bytes
+    if manifest.file[WEIGHTS].bytes != size:
+        raise ManifestError(f"{WEIGHTS}: {manifest.file[WEIGHTS].bytes} bytes, expected {size} (header and data)")
+    computed = compute_artifact_id(manifest)
+    if computed != manifest.artifact_id:
+        raise ManifestError(f"artifact_id is {manifest.artifact_id}, computed {computed}")
+
+
+def _check_table(table: Table) -> None:
+    if table.num_embeddings < 1 or table.embedding_dim < 1:
+        raise ManifestError(f"table '{table.name}': shape [{table.num_embeddings}, {table.embedding_dim}] is empty")
+    expected = row_bytes(table.serving_precision, table.embedding_dim)
+    if table.row_bytes != expected:
+        raise ManifestError(
+            f"table '{table.name}': row_bytes is {table.row_bytes}, expected {expected} "
+            f"({table.serving_precision}, embedding_dim {table.embedding_dim})"
+        )
+    if table.digest.algorithm != ROWS:
+        raise ManifestError(f"table '{table.name}': digest algorithm '{table.digest.algorithm}', expected '{ROWS}'")
+    _check_hex(f"table '{table.name}'", table.digest)
+
+
+def _check_unique(what: str, names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ManifestError(f"{what}: '{name}' is listed twice")
+
+
+def _check_hex(where: str, digest: Digest) -> None:
+    if not _HEX.fullmatch(digest.value):
+        raise ManifestError(f"{where}: digest value must be 64 lower-case hexadecimal digits, got {digest.value!r}")
+
+
+def _check_path(path: str) -> None:
+    parts = PurePosixPath(path).parts
+    if (
+        not parts
+        or path.startswith("/")
+        or ".." in parts
+        or "\\" in path
+        or "\0" in path
+        or str(PurePosixPath(path)) != path
+    ):
+        raise ManifestError(f"files: path {path!r} must be relative, POSIX and inside the artifact")
+    if path == MANIFEST:
+        raise ManifestError(f"files: '{MANIFEST}' must not list itself")

@@ -1,0 +1,50 @@
+"""Fixtures that the tests share: one small snapshot, one artifact built from it, and copies to damage."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import TABLES, make_rows, state_dict, write_config, write_dcp
+
+
+@pytest.fixture(scope="session")
+def rows() -> dict[str, torch.Tensor]:
+    return make_rows(TABLES)
+
+
+@pytest.fixture(scope="session")
+def dcp_snapshot(tmp_path_factory: pytest.TempPathFactory, rows: dict[str, torch.Tensor]) -> Path:
+    return write_dcp(tmp_path_factory.mktemp("snapshot") / "7", rows)
+
+
+@pytest.fixture(scope="session")
+def built_artifact(tmp_path_factory: pytest.TempPathFactory, dcp_snapshot: Path) -> Path:
+    """One artifact of `TABLES`; never change it, take `artifact_copy`."""
+    from export import build_artifact
+
+    folder = tmp_path_factory.mktemp("artifact")
+    config = write_config(folder / "release.yaml", dcp_snapshot)
+    return build_artifact(config, folder / "artifact", workers=2).artifact
+
+
+@pytest.fixture
+def artifact_copy(built_artifact: Path, tmp_path: Path) -> Path:
+    """An artifact to damage."""
+    return Path(shutil.copytree(built_artifact, tmp_path / "artifact"))
+
+
+@pytest.fixture
+def rebuild(tmp_path: Path) -> Callable[..., Path]:
+    """Builds an artifact from rows and table descriptions given by the test."""
+
+    def build(tables: list[dict[str, Any]], rows: Mapping[str, torch.Tensor], **sections: Any) -> Path:
+        from export import build_artifact
+
+        torch.save(state_dict(rows), tmp_path / "snapshot.pt")
+        config = write_config(tmp_path / "release.yaml", tmp_path / "snapshot.pt", tables, **sections)
+        return build_artifact(config, tmp_path / "built", workers=2).artifact
+
+    return build

@@ -1,0 +1,67 @@
+"""Small real models and snapshots, and the command line, as the tests use them."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import checkpoint
+
+TABLES: list[dict[str, Any]] = [
+    {"name": "user", "num_embeddings": 300, "embedding_dim": 8, "data_type": "fp32"},
+    {
+        "name": "item",
+        "num_embeddings": 41,
+        "embedding_dim": 3,
+        "data_type": "fp16",
+        "feature_names": ["item", "last_item"],
+    },
+    {"name": "tag", "num_embeddings": 7, "embedding_dim": 16, "data_type": "fp32", "pooling": "mean"},
+    {"name": "age", "num_embeddings": 1, "embedding_dim": 4, "data_type": "fp32", "serving_precision": "fp32"},
+]
+FEATURES = ["user", "item", "last_item", "tag", "age"]
+PREFIX = "model.embeddings.ebc"
+TYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+def make_rows(tables: list[dict[str, Any]], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Trained rows by table name, normally distributed."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        table["name"]: torch.randn(table["num_embeddings"], table["embedding_dim"], generator=generator).to(
+            TYPES[table["data_type"]]
+        )
+        for table in tables
+    }
+
+
+def state_dict(rows: Mapping[str, torch.Tensor], prefix: str = PREFIX) -> dict[str, torch.Tensor]:
+    """Rows under the names that training gives them."""
+    return {f"{prefix}.embedding_bags.{name}.weight": tensor for name, tensor in rows.items()}
+
+
+def write_dcp(folder: Path, rows: Mapping[str, torch.Tensor]) -> Path:
+    """A DCP snapshot with some optimizer state beside the rows."""
+    optimizer = {"state": {name: {"sum": torch.zeros(tensor.shape[0])} for name, tensor in rows.items()}, "lr": 0.1}
+    checkpoint.save(
+        {**state_dict(rows), "optimizer": optimizer, "step": 7},
+        storage_writer=checkpoint.FileSystemWriter(folder),
+        no_dist=True,
+    )
+    return folder
+
+
+def write_config(path: Path, snapshot: Path | str, tables: list[dict[str, Any]] = TABLES, **sections: Any) -> Path:
+    """A release configuration; JSON is YAML."""
+    document = {"large_embeddings": {"tables": tables}, "snapshot": {"uri": str(snapshot)}, **sections}
+    path.write_text(json.dumps(document, indent=1))
+    return path
+
+
+def run_export(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`python -m export …` as a user runs it."""
+    command = [sys.executable, "-m", "export", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
