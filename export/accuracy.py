@@ -6,7 +6,6 @@ numpy, independently of the torch code that wrote them. On the way the pass pick
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -16,7 +15,8 @@ from export.config import Budget, Precision
 from export.errors import GateError
 from export.quantize import STORED_TYPES
 from export.weight_file import PlannedTable
-from runtime_py.digests import chunk_rows
+from runtime_py.digests import chunk_groups, chunk_rows
+from runtime_py.parallel import map_ordered
 from runtime_py.weights import WeightFile, tensor_bytes
 
 __all__ = ["ProbeRows", "TableAccuracy", "check_budget", "examine_table"]
@@ -51,7 +51,7 @@ class ProbeRows:
 
 
 def examine_table(
-    table: PlannedTable, weights: WeightFile, probe_ids: np.ndarray, progress: Callable[[int], None] = lambda _: None
+    table: PlannedTable, weights: WeightFile, probe_ids: np.ndarray, workers: int
 ) -> tuple[TableAccuracy, ProbeRows]:
     """Compares every stored row of a table with the snapshot's, and picks up the rows `probe_ids` (ascending).
 
@@ -59,34 +59,43 @@ def examine_table(
         GateError: a stored value is not what numpy makes of the snapshot's.
     """
     stored_table = weights.manifest.table[table.name]
-    count = chunk_rows(table.row_bytes)
+    size = min(chunk_rows(table.row_bytes), table.num_embeddings)
     stored_type = STORED_TYPES[table.precision]
-    buffer = torch.empty(min(count, table.num_embeddings), table.embedding_dim, dtype=stored_type)
     probes = ProbeRows(
         probe_ids,
         torch.empty(len(probe_ids), table.embedding_dim),
         torch.empty(len(probe_ids), table.embedding_dim, dtype=stored_type),
     )
-    sums = _Sums()
-    for start, trained in table.rows.chunks(count):
-        stored = buffer[: trained.shape[0]]
-        weights.read_rows(stored_table, start, tensor_bytes(stored))
-        _check_rows(table, start, trained, stored)
-        sums.add(trained.float(), stored.float())
-        first, last = np.searchsorted(probe_ids, [start, start + trained.shape[0]])
-        picked = torch.from_numpy(probe_ids[first:last] - start)
-        probes.trained[first:last] = trained[picked].float()
-        probes.stored[first:last] = stored[picked]
-        progress(stored.nbytes)
-    return sums.result(table), probes
+
+    def run(starts: range) -> _Sums:
+        sums = _Sums()
+        trained_buffer = torch.empty(size, table.embedding_dim, dtype=table.rows.dtype)
+        stored_buffer = torch.empty(size, table.embedding_dim, dtype=stored_type)
+        for start in starts:
+            count = min(size, table.num_embeddings - start)
+            trained, stored = trained_buffer[:count], stored_buffer[:count]
+            table.rows.read(start, trained)
+            weights.read_rows(stored_table, start, tensor_bytes(stored))
+            _check_rows(table, start, trained, stored)
+            sums.add(trained.float(), stored.float())
+            first, last = np.searchsorted(probe_ids, [start, start + count])
+            picked = torch.from_numpy(probe_ids[first:last] - start)
+            probes.trained[first:last] = trained[picked].float()
+            probes.stored[first:last] = stored[picked]
+        return sums
+
+    total = _Sums()
+    for sums in map_ordered(run, chunk_groups(table.num_embeddings, table.row_bytes), workers):
+        total.merge(sums)
+    return total.result(table), probes
 
 
 def _check_rows(table: PlannedTable, start: int, trained: torch.Tensor, stored: torch.Tensor) -> None:
     """Question 1: the stored bytes are those of the reference, numpy's own conversion."""
     reference = trained.numpy().astype({Precision.FP32: np.float32, Precision.FP16: np.float16}[table.precision])
     integers = np.dtype(f"u{reference.dtype.itemsize}")
-    different = reference.view(integers) != stored.numpy().view(integers)
-    if different.any():
+    if not np.array_equal(reference.view(integers), stored.numpy().view(integers)):
+        different = reference.view(integers) != stored.numpy().view(integers)
         row, column = (int(part) for part in np.argwhere(different)[0])
         raise GateError(
             f"table '{table.name}': row {start + row}, column {column} is stored as {stored[row, column].item()!r}, the "
@@ -95,7 +104,7 @@ def _check_rows(table: PlannedTable, start: int, trained: torch.Tensor, stored: 
 
 
 class _Sums:
-    """Error sums over chunks: float32 within a chunk (dot products), float64 across chunks."""
+    """Error sums over chunks: float32 within a chunk (1 MiB of rows at most), float64 across chunks."""
 
     def __init__(self) -> None:
         self.largest = self.absolute = self.error_square = self.square = self.product = 0.0
@@ -103,14 +112,20 @@ class _Sums:
     def add(self, trained: torch.Tensor, stored: torch.Tensor) -> None:
         x = trained.reshape(-1)
         e = stored.reshape(-1) - x
-        self.largest = max(self.largest, float(e.abs().max()))
-        self.absolute += float(e.abs().sum(dtype=torch.float64))
-        # In float64 where float32 squares would leave its range.
-        wide = bool(x.abs().max() > 1e15) or bool(x.abs().max() < 1e-15)
-        x, e = (x.double(), e.double()) if wide else (x, e)
+        self.largest = max(self.largest, _magnitude(e))
+        self.absolute += float(torch.linalg.vector_norm(e, 1))
+        if not 1e-15 < _magnitude(x) < 1e15:  # float32 squares would leave its range
+            x, e = x.double(), e.double()
         self.error_square += float(torch.dot(e, e))
         self.square += float(torch.dot(x, x))
         self.product += float(torch.dot(x, e))
+
+    def merge(self, other: "_Sums") -> None:
+        self.largest = max(self.largest, other.largest)
+        self.absolute += other.absolute
+        self.error_square += other.error_square
+        self.square += other.square
+        self.product += other.product
 
     def result(self, table: PlannedTable) -> TableAccuracy:
         relative_l2 = cosine = None
@@ -131,6 +146,11 @@ class _Sums:
             relative_l2=relative_l2,
             cosine=cosine,
         )
+
+
+def _magnitude(values: torch.Tensor) -> float:
+    low, high = torch.aminmax(values)
+    return max(-float(low), float(high))
 
 
 def check_budget(accuracy: TableAccuracy, budget: Budget) -> list[str]:

@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import json
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,7 +82,7 @@ def build_artifact(
     Args:
         config: the configuration, or the path of its file.
         output: the artifact's folder, which must not exist.
-        workers: how many threads convert rows; each takes two buffers of a few MiB.
+        workers: how many threads convert and check rows; each takes two buffers of a few MiB.
         report: called with the name of each phase as it starts.
 
     Raises:
@@ -101,7 +102,7 @@ def build_artifact(
             manifest = _write_graphs(config, weights, snapshots, staging)
         with clock.phase("accuracy and parity"):
             manifest = _write_manifest(staging, manifest)  # the loader needs one: rewritten when the gates have passed
-            manifest = _check(config, tables, manifest, staging)
+            manifest = _check(config, tables, manifest, staging, workers)
         with clock.phase("publish"):
             manifest = _write_manifest(staging, manifest)
             verify_artifact(staging, "sizes")
@@ -126,16 +127,16 @@ class _Clock:
 
 def _plan(config: ReleaseConfig) -> tuple[list[PlannedTable], list[SnapshotIdentity]]:
     """Finds the rows of every table, and so refuses a snapshot that does not fit before anything is written."""
-    opened: dict[str, Snapshot] = {}
+    opened: dict[SnapshotConfig, Snapshot] = {config.snapshot: open_snapshot(config.snapshot)}
     tables = []
     for table in config.large_embeddings.tables:
         source, name = config.snapshot, table.name
         if table.pretrained is not None:
             source = SnapshotConfig(uri=table.pretrained.embedding_snapshot_uri)
             name = table.pretrained.emb_name
-        if source.uri not in opened:
-            opened[source.uri] = open_snapshot(source)
-        rows = opened[source.uri].table(table, name)
+        if source not in opened:
+            opened[source] = open_snapshot(source)
+        rows = opened[source].table(table, name)
         tables.append(PlannedTable(table.name, rows, config.serving_precision(table)))
     return tables, [snapshot.identity for snapshot in opened.values()]
 
@@ -188,12 +189,14 @@ def _write_graphs(
     return replace(manifest, artifact_id=compute_artifact_id(manifest))
 
 
-def _check(config: ReleaseConfig, tables: list[PlannedTable], manifest: Manifest, staging: Path) -> Manifest:
+def _check(
+    config: ReleaseConfig, tables: list[PlannedTable], manifest: Manifest, staging: Path, workers: int
+) -> Manifest:
     """Runs the gates on the staged artifact; returns the manifest with their reports."""
     cases = make_cases(config.large_embeddings, config.parity.seed, config.parity.batches)
     ids = probe_ids(config.large_embeddings, cases)
     with WeightFile(staging, manifest) as weights:
-        examined = {table.name: examine_table(table, weights, ids[table.name]) for table in tables}
+        examined = {table.name: examine_table(table, weights, ids[table.name], workers) for table in tables}
     accuracies = [accuracy for accuracy, _ in examined.values()]
     _check_budgets(config, accuracies)
     probes = {name: probe for name, (_, probe) in examined.items()}
@@ -233,7 +236,7 @@ def _to_json(document: dict[str, Any]) -> bytes:
 
 
 def _tool_versions() -> dict[str, str]:
-    versions = {}
+    versions = {"python": platform.python_version()}
     for name in _TOOLS:
         try:
             versions[name] = importlib.metadata.version(name)

@@ -5,7 +5,6 @@ or accuracy gate failed, 130 and 143 stopped by a signal. This module prints and
 """
 
 import json
-import logging
 import os
 import signal
 import sys
@@ -102,7 +101,6 @@ def main() -> NoReturn:
     """Runs the command line and exits; the one place where errors become lines and exit codes."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # torchrec's, once, about nothing of ours
     try:
         app()
     except ExportError as error:

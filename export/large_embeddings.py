@@ -4,6 +4,7 @@ It has the shape of twitter/the-algorithm-ml's `common/modules/embedding`, so th
 It is the eager side of every parity check; what is shipped is the plain-op module of `export.lookup`.
 """
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -34,6 +35,11 @@ def torchrec_tables(config: LargeEmbeddingsConfig) -> list[torchrec.EmbeddingBag
     ]
 
 
+def _is_no_tracing_notice(record: logging.LogRecord) -> bool:
+    """Drops one line that torchrec's forward makes torch log, about tracing, where nothing is traced."""
+    return "is_fx_tracing will return true" not in str(record.msg)
+
+
 class LargeEmbeddings(torch.nn.Module):
     """Pooled embeddings of every feature, then the cut point.
 
@@ -43,6 +49,7 @@ class LargeEmbeddings(torch.nn.Module):
 
     def __init__(self, config: LargeEmbeddingsConfig) -> None:
         super().__init__()
+        logging.getLogger("torch.fx._symbolic_trace").addFilter(_is_no_tracing_notice)
         self.ebc = torchrec.EmbeddingBagCollection(
             tables=torchrec_tables(config), is_weighted=config.weighted, device=torch.device("meta")
         )

@@ -132,8 +132,7 @@ class References:
         )
         self.trained = {name: torch.nn.functional.pad(probe.trained, (0, 0, 0, 1)) for name, probe in probes.items()}
         stored = {name: torch.nn.functional.pad(probe.stored, (0, 0, 0, 1)) for name, probe in probes.items()}
-        self._eager = LargeEmbeddings(small)
-        self._eager.fill(self.trained)
+        self._eager = [self._eager_model(small, weighted) for weighted in (False, True)]
         tables = torchrec_tables(small)
         for table in tables:
             table.data_type = type(table.data_type)[precisions[table.name].name]
@@ -144,6 +143,13 @@ class References:
             table_name_to_quantized_weights={name: (rows.view(torch.uint8), None) for name, rows in stored.items()},
         )
         self.error_bounds = {name: _conversion_error(rows, precisions[name]) for name, rows in self.trained.items()}
+
+    def _eager_model(self, config: LargeEmbeddingsConfig, weighted: bool) -> LargeEmbeddings:
+        """The weighted or the other tables; eager torch takes no weights where any table of a collection pools by mean."""
+        tables = [table for table in config.tables if table.weighted == weighted]
+        model = LargeEmbeddings(config.model_copy(update={"tables": tables}))
+        model.fill({table.name: self.trained[table.name] for table in tables})
+        return model
 
     def renumber(self, case: Case) -> list[list[np.ndarray]]:
         """The case's ids as numbers of probe rows; an id outside its table as the row of zeros."""
@@ -183,8 +189,8 @@ class References:
     def eager(self, features: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
         """The float32 eager model, float32 [B, D] by feature."""
         with torch.no_grad():
-            result: dict[str, torch.Tensor] = self._eager(features).to_dict()
-        return result
+            pooled = [model(features).to_dict() for model in self._eager if len(model.ebc.embedding_bags)]
+        return {key: values for part in pooled for key, values in part.items()}
 
 
 def _conversion_error(trained: torch.Tensor, precision: Precision) -> np.ndarray:

@@ -103,7 +103,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _remove_abandoned(folder: Path, prefix: str) -> None:
-    for path in folder.glob(f"{prefix}*"):
+    for path in [path for path in folder.iterdir() if path.name.startswith(prefix)]:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:

@@ -1,8 +1,10 @@
 """The TorchScript graph: the plain-op lookup, scripted and saved without a weight byte.
 
-Never frozen: freezing would bake the placeholder in.
+Never frozen: freezing would bake the placeholder in. The debug records that torch adds are left out: they hold paths of
+the build machine, and with them the same build would give other bytes elsewhere.
 """
 
+import io
 from pathlib import Path
 
 import torch
@@ -11,7 +13,18 @@ from export.lookup import Lookup, WeightedLookup
 
 __all__ = ["write_torchscript"]
 
+_WRITER_ADDS = ("version", "byteorder", ".data/")
+
 
 def write_torchscript(lookup: Lookup | WeightedLookup, path: Path) -> None:
-    """Scripts `lookup` and writes it; some 10 KB whatever the tables."""
-    torch.jit.save(torch.jit.script(lookup), path)
+    """Scripts `lookup` and writes it; a few KB whatever the tables."""
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(lookup), buffer)
+    buffer.seek(0)
+    reader = torch._C.PyTorchFileReader(buffer)
+    writer = torch._C.PyTorchFileWriter(str(path))
+    for name in reader.get_all_records():
+        if not name.endswith(".debug_pkl") and not name.startswith(_WRITER_ADDS):
+            data = reader.get_record(name)
+            writer.write_record(name, data, len(data))
+    writer.write_end_of_file()

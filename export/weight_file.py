@@ -8,9 +8,9 @@ buffers a worker.
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -19,11 +19,14 @@ import torch
 from export.config import Precision
 from export.quantize import STORED_TYPES, convert_rows, describe_unstorable, storable
 from export.snapshots import TableRows
-from runtime_py.digests import ROWS, TABLES, Digest, chunk_rows, combine
+from runtime_py.digests import ROWS, TABLES, Digest, chunk_groups, chunk_rows, combine
 from runtime_py.manifest import Table, row_bytes
+from runtime_py.parallel import map_ordered
 from runtime_py.weights import encode_header, layout_tables, tensor_bytes
 
 __all__ = ["PlannedTable", "WrittenWeights", "write_weight_file"]
+
+_STAGES = ("read", "check", "convert", "digest", "write")
 
 
 @dataclass(frozen=True)
@@ -70,16 +73,13 @@ class WrittenWeights:
     stage_seconds: dict[str, float]
 
 
-def write_weight_file(
-    path: Path, tables: Sequence[PlannedTable], workers: int, progress: Callable[[int], None] = lambda _: None
-) -> WrittenWeights:
+def write_weight_file(path: Path, tables: Sequence[PlannedTable], workers: int) -> WrittenWeights:
     """Writes the rows of all `tables` into a new file at `path`, with `workers` threads.
 
     Args:
         path: the file; it must not exist.
         tables: the tables, in configuration order.
         workers: how many chunks are in work at a time.
-        progress: called with the number of bytes written, from any worker's thread.
 
     Raises:
         RowsError: a table has values that its precision cannot store.
@@ -95,10 +95,9 @@ def write_weight_file(
         os.posix_fallocate(fd, 0, len(header) + data_bytes)
         _write_at(fd, memoryview(header), 0)
         digests: dict[str, Digest] = {}
-        stages = dict.fromkeys(("read", "check", "convert", "digest", "write"), 0.0)
-        with ThreadPoolExecutor(workers) as pool:
-            for name, offset in offsets.items():
-                digests[name] = _write_table(fd, by_name[name], len(header) + offset, pool, workers, stages, progress)
+        stages = dict.fromkeys(_STAGES, 0.0)
+        for name, offset in offsets.items():
+            digests[name] = _write_table(fd, by_name[name], len(header) + offset, workers, stages)
     finally:
         os.close(fd)
     parts = [hashlib.sha256(header).digest(), *(bytes.fromhex(digests[name].value) for name in offsets)]
@@ -117,47 +116,32 @@ def write_weight_file(
     return WrittenWeights(written, len(header), data_bytes, combine(TABLES, parts), stages)
 
 
-def _write_table(
-    fd: int,
-    table: PlannedTable,
-    position: int,
-    pool: ThreadPoolExecutor,
-    workers: int,
-    stages: dict[str, float],
-    progress: Callable[[int], None],
-) -> Digest:
-    rows = chunk_rows(table.row_bytes)
-    chunks = -(-table.num_embeddings // rows)
-    share = -(-chunks // workers)
-
-    def run(first: int) -> tuple[bytes, dict[str, float]]:
-        return _write_chunks(fd, table, position, range(first, min(first + share, chunks)), rows, progress)
+def _write_table(fd: int, table: PlannedTable, position: int, workers: int, stages: dict[str, float]) -> Digest:
+    def run(starts: range) -> tuple[bytes, dict[str, float]]:
+        return _write_chunks(fd, table, position, starts)
 
     digests = []
-    for part, seconds in pool.map(run, range(0, chunks, share)):
+    for part, seconds in map_ordered(run, chunk_groups(table.num_embeddings, table.row_bytes), workers):
         digests.append(part)
         for stage, value in seconds.items():
             stages[stage] += value
     return combine(ROWS, digests)
 
 
-def _write_chunks(
-    fd: int, table: PlannedTable, position: int, chunks: range, rows: int, progress: Callable[[int], None]
-) -> tuple[bytes, dict[str, float]]:
+def _write_chunks(fd: int, table: PlannedTable, position: int, starts: range) -> tuple[bytes, dict[str, float]]:
     """Converts and writes some chunks of one table; returns their digests and the seconds of each stage."""
-    size = min(rows, table.num_embeddings)
+    size = min(chunk_rows(table.row_bytes), table.num_embeddings)
     source = torch.empty(size, table.embedding_dim, dtype=table.rows.dtype)
     stored = torch.empty(size, table.embedding_dim, dtype=STORED_TYPES[table.precision])
     digests = []
-    seconds = dict.fromkeys(("read", "check", "convert", "digest", "write"), 0.0)
-    for chunk in chunks:
-        start = chunk * rows
-        count = min(rows, table.num_embeddings - start)
+    seconds = dict.fromkeys(_STAGES, 0.0)
+    for start in starts:
+        count = min(size, table.num_embeddings - start)
         times = [time.perf_counter()]
         table.rows.read(start, source[:count])
         times.append(time.perf_counter())
         if not storable(source[:count], table.precision):
-            raise describe_unstorable(table.name, table.rows.chunks(rows), table.precision)
+            raise describe_unstorable(table.name, table.rows.chunks(size), table.precision)
         times.append(time.perf_counter())
         convert_rows(source[:count], stored[:count])
         times.append(time.perf_counter())
@@ -166,9 +150,8 @@ def _write_chunks(
         times.append(time.perf_counter())
         _write_at(fd, data, position + start * table.row_bytes)
         times.append(time.perf_counter())
-        for stage, begin, end in zip(seconds, times, times[1:], strict=False):
+        for stage, (begin, end) in zip(_STAGES, pairwise(times), strict=True):
             seconds[stage] += end - begin
-        progress(len(data))
     return b"".join(digests), seconds
 
 

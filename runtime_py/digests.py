@@ -15,12 +15,13 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["ROWS", "SHA256", "TABLES", "ZEROED", "Digest", "chunk_rows", "combine", "sha256"]
+__all__ = ["ROWS", "SHA256", "TABLES", "ZEROED", "Digest", "chunk_groups", "chunk_rows", "combine", "sha256"]
 
 SHA256 = "sha256"
 ZEROED = "sha256-zeroed"
 TABLES = "sha256-tables"
 _CHUNK_BYTES = 1 << 20
+_GROUP_CHUNKS = 64
 ROWS = f"sha256-rows-{_CHUNK_BYTES}"
 
 
@@ -43,6 +44,13 @@ def sha256(data: bytes | bytearray | memoryview) -> Digest:
 def chunk_rows(row_bytes: int) -> int:
     """How many rows one chunk of `sha256-rows` holds: as many whole rows as fit in 1 MiB, at least one."""
     return max(1, _CHUNK_BYTES // row_bytes)
+
+
+def chunk_groups(num_embeddings: int, row_bytes: int) -> list[range]:
+    """The first rows of a table's chunks, in order, in groups of 64: pieces of work for one thread at a time."""
+    rows = chunk_rows(row_bytes)
+    starts = range(0, num_embeddings, rows)
+    return [starts[first : first + _GROUP_CHUNKS] for first in range(0, len(starts), _GROUP_CHUNKS)]
 
 
 def combine(algorithm: str, parts: Iterable[bytes]) -> Digest:

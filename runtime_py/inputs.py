@@ -39,6 +39,7 @@ class RequestReader:
 
     def __init__(self, manifest: Manifest) -> None:
         self.features = [feature.name for feature in manifest.features]
+        self._known = frozenset(self.features)
         self._weighted = {feature.name for feature in manifest.features if feature.weighted}
         self._num_embeddings = [manifest.table[feature.table].num_embeddings for feature in manifest.features]
         self._limits = torch.tensor(self._num_embeddings)
@@ -87,7 +88,9 @@ class RequestReader:
         )
 
     def _check_names(self, names: Sequence[str]) -> None:
-        unknown = [name for name in names if name not in self.features]
+        if len(names) == len(self.features) and set(names) == self._known:
+            return
+        unknown = [name for name in names if name not in self._known]
         if unknown:
             near = difflib.get_close_matches(str(unknown[0]), self.features, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"features: {', '.join(self.features)}"
@@ -95,9 +98,8 @@ class RequestReader:
         missing = [name for name in self.features if name not in names]
         if missing:
             raise InvalidInputError(f"missing feature '{missing[0]}'; give every one of {', '.join(self.features)}")
-        if len(set(names)) != len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise InvalidInputError(f"feature '{twice}' is given twice")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidInputError(f"feature '{twice}' is given twice")
 
     def _read_feature(self, name: str, bags: Any) -> Jagged:
         if isinstance(bags, Jagged):
@@ -159,6 +161,8 @@ class RequestReader:
         self._check_names(keys)
         if getattr(features, "variable_stride_per_key", bool)():
             raise InvalidInputError("the KeyedJaggedTensor has another batch size for each key; give one batch size")
+        if getattr(features, "inverse_indices_or_none", lambda: None)() is not None:
+            raise InvalidInputError("the KeyedJaggedTensor has inverse indices; give the bags themselves")
         values, lengths, weights = features.values(), features.lengths(), features.weights_or_none()
         if (weights is not None) != bool(self._weighted):
             takes = f"features {sorted(self._weighted)} take" if self._weighted else "no feature takes"
@@ -202,6 +206,8 @@ class RequestReader:
             raise InvalidInputError(f"per_sample_weights: {takes} per-sample weights")
         if weights is not None:
             weights = _floats("per_sample_weights", weights, values.numel())
+        if values.numel() >= 2**31:  # FBGEMM's offsets are int32, as the lengths are
+            raise InvalidInputError(f"values: {values.numel()} ids; a request has fewer than 2**31")
         if lengths.numel() % len(self.features):
             raise InvalidInputError(
                 f"lengths: {lengths.numel()} do not divide into {len(self.features)} features ({', '.join(self.features)})"

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import types
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -373,9 +374,9 @@ def _check_table(table: Table) -> None:
 
 
 def _check_unique(what: str, names: list[str]) -> None:
-    for name in names:
-        if names.count(name) > 1:
-            raise ManifestError(f"{what}: '{name}' is listed twice")
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ManifestError(f"{what}: '{name}' is listed {count} times")
 
 
 def _check_hex(where: str, digest: Digest) -> None:

@@ -63,14 +63,14 @@ def open_verified(artifact: Path, verify: Verify, threads: int | None = None) ->
         contents = {file.path: _read_file(artifact, file.path) for file in manifest.files if file.path != WEIGHTS}
         _check_contents(artifact, manifest, contents)
         weights = WeightFile(artifact, manifest)
+        if verify == "full":
+            try:
+                weights.verify_digests(threads or min(_MAX_THREADS, os.cpu_count() or 1))
+            except BaseException:
+                weights.close()
+                raise
     except OSError as error:
         raise ArtifactError(f"{error.filename or artifact}: cannot be read: {error.strerror}") from error
-    if verify == "full":
-        try:
-            weights.verify_digests(threads or min(_MAX_THREADS, os.cpu_count() or 1))
-        except BaseException:
-            weights.close()
-            raise
     return Verified(manifest, weights, contents)
 
 

@@ -11,16 +11,16 @@ import mmap
 import os
 import struct
 import warnings
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
 
-from runtime_py.digests import ROWS, TABLES, Digest, chunk_rows, combine
+from runtime_py.digests import ROWS, TABLES, Digest, chunk_groups, chunk_rows, combine
 from runtime_py.errors import DigestMismatchError, WeightFileError
 from runtime_py.manifest import ROW_FORMATS, WEIGHTS, Manifest, Table
+from runtime_py.parallel import map_ordered
 
 __all__ = ["ALIGNMENT_BYTES", "TableShape", "WeightFile", "encode_header", "layout_tables", "tensor_bytes"]
 
@@ -151,46 +151,41 @@ class WeightFile:
                 )
             filled += count
 
-    def verify_digests(self, threads: int, progress: Callable[[int], None] = lambda _: None) -> None:
+    def verify_digests(self, threads: int) -> None:
         """Compares every row with the digests of the manifest, on `threads` cores.
 
         Raises:
             DigestMismatchError: naming the table, or the header, whose bytes differ.
         """
-        tables = {table.name: table for table in self.manifest.tables}
         parts = [hashlib.sha256(self._header).digest()]
-        with ThreadPoolExecutor(threads) as pool:
-            for name in layout_tables(tables.values()):
-                table = tables[name]
-                digest = self._digest(table, pool, threads, progress)
-                if digest != table.digest:
-                    raise DigestMismatchError(
-                        f"{self.path}: the rows of table '{name}' are not those that were published: "
-                        f"digest {digest}, expected {table.digest}; restore the file or build again"
-                    )
-                parts.append(bytes.fromhex(digest.value))
+        for name in layout_tables(self.manifest.tables):
+            table = self.manifest.table[name]
+            digest = self._digest(table, threads)
+            if digest != table.digest:
+                raise DigestMismatchError(
+                    f"{self.path}: the rows of table '{name}' are not those that were published: "
+                    f"digest {digest}, expected {table.digest}; restore the file or build again"
+                )
+            parts.append(bytes.fromhex(digest.value))
         whole, expected = combine(TABLES, parts), self.manifest.file[WEIGHTS].digest
         if whole != expected:
             raise DigestMismatchError(
                 f"{self.path}: digest {whole}, expected {expected}; restore the file or build again"
             )
 
-    def _digest(self, table: Table, pool: ThreadPoolExecutor, threads: int, progress: Callable[[int], None]) -> Digest:
+    def _digest(self, table: Table, threads: int) -> Digest:
         rows = chunk_rows(table.row_bytes)
-        chunks = -(-table.num_embeddings // rows)
-        share = -(-chunks // threads)
 
-        def run(first: int) -> bytes:
-            buffer = memoryview(bytearray(rows * table.row_bytes))
+        def run(starts: range) -> bytes:
+            buffer = memoryview(bytearray(min(rows, table.num_embeddings) * table.row_bytes))
             digests = []
-            for start in range(first * rows, min((first + share) * rows, table.num_embeddings), rows):
+            for start in starts:
                 chunk = buffer[: min(rows, table.num_embeddings - start) * table.row_bytes]
                 self.read_rows(table, start, chunk)
                 digests.append(hashlib.sha256(chunk).digest())
-                progress(len(chunk))
             return b"".join(digests)
 
-        return combine(ROWS, pool.map(run, range(0, chunks, share)))
+        return combine(ROWS, map_ordered(run, chunk_groups(table.num_embeddings, table.row_bytes), threads))
 
     def map(self) -> torch.Tensor:
         """The rows of all tables as one uint8 tensor that shares its pages with every process that maps the file.

@@ -7,7 +7,6 @@ of the builder; `ClickData` and `ClickModel` are for checks of accuracy on held-
 """
 
 import argparse
-import logging
 import math
 import shutil
 import sys
@@ -277,8 +276,6 @@ def _run(options: argparse.Namespace) -> list[Path]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Progress goes to stderr, the folders of the snapshots to stdout; exit code 1 with one line where it refuses."""
     options = _parse(arguments)
-    # torchrec calls is_fx_tracing by itself; nothing here is traced.
-    logging.getLogger("torch.fx._symbolic_trace").addFilter(lambda record: "is_fx_tracing" not in record.getMessage())
     started = time.monotonic()
     try:
         folders = _run(options)

@@ -4,6 +4,7 @@
 others. Each shard in a `.distcp` file is a whole torch.save file, whose values are found as in any other.
 """
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,7 @@ class DcpIndex:
             ) from error
         self.digest = sha256(data)
         try:
-            with file.open("rb") as stream:
-                metadata = _MetadataUnpickler(stream).load()
+            metadata = _MetadataUnpickler(io.BytesIO(data)).load()
         # Damaged pickles raise nearly anything; whatever it is, the file is not the metadata of a checkpoint.
         except Exception as error:
             raise SnapshotError(f"{file}: is damaged: {str(error) or type(error).__name__}") from error

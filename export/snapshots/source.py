@@ -128,6 +128,8 @@ def _detect(path: Path) -> SnapshotFormat:
 def _format_of(path: Path) -> SnapshotFormat | None:
     """The format of a complete snapshot, or None."""
     try:
+        if (path / ".snapshot_metadata").is_file():
+            raise SnapshotError(f"{path}: is a torchsnapshot, which this version does not read; save it with DCP")
         if (path / METADATA).is_file():
             return SnapshotFormat.DCP
         if is_safetensors(path):

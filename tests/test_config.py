@@ -1,0 +1,659 @@
+"""The release configuration: what loads, and what each refusal says, with its file, line and key."""
+
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from export.config import (
+    DEFAULT_BUDGETS,
+    Budget,
+    DataType,
+    GraphKind,
+    LargeEmbeddingsConfig,
+    Mode,
+    ParityConfig,
+    Pooling,
+    Precision,
+    ReleaseConfig,
+    ServingConfig,
+    SnapshotFormat,
+    Target,
+    load_config,
+)
+from export.errors import ConfigError
+
+GOLDEN = Path(__file__).parent / "golden"
+
+BASE = """\
+large_embeddings:
+  tables:
+    - name: user
+      num_embeddings: 10
+      embedding_dim: 4
+      data_type: fp32
+snapshot:
+  uri: snapshots/demo
+"""
+LAST_LINE = len(BASE.splitlines())
+TABLE = "large_embeddings.tables[0]"
+
+
+def replaced(old: str, new: str) -> str:
+    """The base with one of its lines in another form."""
+    assert BASE.count(old) == 1, f"{old!r} is not one place of the base"
+    return BASE.replace(old, new)
+
+
+def table_with(lines: str) -> str:
+    """The base with more keys in its table, from line 7 on."""
+    return replaced("      data_type: fp32\n", "      data_type: fp32\n" + textwrap.indent(lines + "\n", "      "))
+
+
+def release_with(lines: str) -> str:
+    """The base with more sections, from line 9 on."""
+    return BASE + lines + "\n"
+
+
+def second_table(lines: str) -> str:
+    """The base with a second table, from line 7 on."""
+    item = "- num_embeddings: 3\n  embedding_dim: 2\n  data_type: fp32\n" + textwrap.indent(lines + "\n", "  ")
+    return replaced("snapshot:\n", textwrap.indent(item, "    ") + "snapshot:\n")
+
+
+def load(folder: Path, text: str | bytes) -> ReleaseConfig:
+    path = folder / "release.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return load_config(path)
+
+
+def refusal(folder: Path, text: str | bytes) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(folder, text)
+    return str(caught.value).replace(str(folder / "release.yaml"), "release.yaml")
+
+
+def assert_matches(pattern: str, text: str) -> None:
+    assert re.search(pattern, text), f"{pattern!r} is not in {text!r}"
+
+
+# --- What loads ----------------------------------------------------------------------------------------------------
+
+
+def test_upstreams_training_tables_load_unchanged(tmp_path: Path) -> None:
+    section = (GOLDEN / "twhin_tables.yaml").read_text()
+    config = load(tmp_path, f"large_embeddings:\n{textwrap.indent(section, '  ')}\nsnapshot: {{uri: model/100000}}\n")
+
+    assert isinstance(config.large_embeddings, LargeEmbeddingsConfig)
+    user, tweet = config.large_embeddings.tables
+    assert (user.name, user.num_embeddings, user.embedding_dim, user.data_type) == ("user", 424241, 4, DataType.FP32)
+    assert (tweet.name, tweet.num_embeddings, tweet.embedding_dim, tweet.data_type) == ("tweet", 72543, 4, "fp32")
+    for table, rate in ((user, 0.01), (tweet, 0.005)):
+        assert table.optimizer is not None
+        assert table.optimizer.sgd is not None
+        assert (table.optimizer.sgd.lr, table.optimizer.sgd.momentum) == (rate, 0.0)
+        assert table.optimizer.learning_rate is not None
+        assert table.optimizer.learning_rate.constant == rate
+        assert (table.features, table.pooling, table.weighted) == ([table.name], Pooling.SUM, False)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "{adam: {lr: 0.1}}",
+        "{adam: {lr: 0.1, betas: [0.8, 0.99], eps: 1.0e-8}}",
+        "{sgd: {lr: 1, momentum: 0.9}}",
+        "{adagrad: {lr: 0.1, eps: 0}}",
+        "{sgd: {lr: 0.1}, learning_rate: {linear_ramp_to_constant: {learning_rate: 0.1, num_ramp_steps: 10}}}",
+        "{sgd: {lr: 0.1}, learning_rate: {linear_ramp_to_cosine: "
+        "{learning_rate: 0.1, final_learning_rate: 0.01, num_ramp_steps: 10, final_num_steps: 100}}}",
+        "{sgd: {lr: 0.1}, learning_rate: {piecewise_constant: "
+        "{learning_rate_boundaries: [1000, 2000], learning_rate_values: [0.1, 0.05, 0.01]}}}",
+    ],
+)
+def test_every_optimizer_and_schedule_of_upstream_loads(tmp_path: Path, optimizer: str) -> None:
+    config = load(tmp_path, table_with(f"optimizer: {optimizer}"))
+    assert config.large_embeddings.tables[0].optimizer is not None
+
+
+def test_what_the_configuration_leaves_out_has_a_default(tmp_path: Path) -> None:
+    config = load(tmp_path, BASE)
+    assert config.mode is Mode.INFERENCE
+    assert config.surgery is None
+    assert (config.snapshot.format, config.snapshot.step, config.snapshot.prefix) == (SnapshotFormat.AUTO, None, None)
+    assert config.serving == ServingConfig(
+        precision=Precision.FP16, graphs=[GraphKind.TORCHSCRIPT], targets=[Target.CPU]
+    )
+    assert config.parity == ParityConfig(seed=0, batches=8, budgets={}, table_budgets={})
+    assert config.large_embeddings.tables_to_log is None
+    assert not config.large_embeddings.weighted
+    [table] = config.large_embeddings.tables
+    assert (table.pretrained, table.vocab, table.optimizer, table.feature_names) == (None, None, None, None)
+    assert table.serving_precision is None
+    assert config.serving_precision(table) is Precision.FP16
+
+
+def test_everything_that_this_version_builds_loads(tmp_path: Path) -> None:
+    text = """\
+        large_embeddings:
+          tables:
+            - name: user
+              num_embeddings: 10
+              embedding_dim: 4
+              data_type: fp32
+              weighted: true
+              feature_names: [user, friend.of]
+              pretrained: {emb_name: users, embedding_snapshot_uri: gs://bucket/users}
+              serving_precision: fp32
+            - {name: item, num_embeddings: 3, embedding_dim: 1, data_type: fp16, pooling: mean}
+          tables_to_log: [user]
+        mode: inference
+        snapshot: {uri: snapshots, format: dcp, step: 0, prefix: model.ebc}
+        serving: {precision: fp16, graphs: [torchscript], targets: [cpu]}
+        surgery: null
+        parity: {seed: 5, batches: 1, budgets: {fp16: {min_cosine: 0.9}}, table_budgets: {item: {}}}
+        """
+    config = load(tmp_path, textwrap.dedent(text))
+    user, item = config.large_embeddings.tables
+    assert user.features == ["user", "friend.of"]
+    assert user.pretrained is not None
+    assert user.pretrained.emb_name == "users"
+    assert config.large_embeddings.weighted
+    assert (item.features, item.pooling, item.weighted) == (["item"], Pooling.MEAN, False)
+    assert (config.serving_precision(user), config.serving_precision(item)) == (Precision.FP32, Precision.FP16)
+    assert (config.snapshot.format, config.snapshot.step, config.snapshot.prefix) == ("dcp", 0, "model.ebc")
+
+
+def test_a_table_name_may_be_anything_that_torch_and_safetensors_take(tmp_path: Path) -> None:
+    for name in ("weight", "ebc", "a b", "a/b", "ünï", 'quo"ted', "-", "1x"):
+        config = load(tmp_path, replaced("name: user", f"name: '{name}'"))
+        assert config.large_embeddings.tables[0].name == name
+
+
+def test_a_yaml_anchor_and_a_merge_key_are_understood(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        "large_embeddings:\n  tables:\n"
+        "    - &base {name: a, num_embeddings: 3, embedding_dim: 2, data_type: fp16}\n"
+        "    - {<<: *base, name: b}\n"
+        "snapshot: {uri: x}\n",
+    )
+    assert [(table.name, table.num_embeddings) for table in config.large_embeddings.tables] == [("a", 3), ("b", 3)]
+
+
+def test_a_standard_yaml_tag_does_not_change_what_a_value_is(tmp_path: Path) -> None:
+    config = load(tmp_path, replaced("name: user", "name: !!str 7"))
+    assert config.large_embeddings.tables[0].name == "7"
+
+
+# --- Paths ---------------------------------------------------------------------------------------------------------
+
+
+def test_relative_paths_are_relative_to_the_configuration_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    text = table_with("pretrained: {emb_name: user, embedding_snapshot_uri: other/1200}").replace(
+        "uri: snapshots/demo", "uri: ../snapshots/demo"
+    )
+    (tmp_path / "conf" / "release.yaml").write_text(text)
+    for folder, path in ((tmp_path / "elsewhere", "../conf/release.yaml"), (tmp_path / "conf", "release.yaml")):
+        monkeypatch.chdir(folder)
+        config = load_config(path)
+        assert config.snapshot.uri == str(tmp_path / "snapshots/demo")
+        pretrained = config.large_embeddings.tables[0].pretrained
+        assert pretrained is not None
+        assert pretrained.embedding_snapshot_uri == str(tmp_path / "conf/other/1200")
+        assert pretrained.emb_name == "user"
+
+
+def test_absolute_paths_and_urls_stay_as_they_are_and_a_tilde_is_the_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for uri, expected in {
+        "/data/snapshots": "/data/snapshots",
+        "s3://bucket/a/../b": "s3://bucket/a/../b",
+        "gs://bucket/x": "gs://bucket/x",
+        "~/snapshots": str(tmp_path / "home/snapshots"),
+    }.items():
+        config = load(
+            tmp_path,
+            table_with(f"pretrained: {{emb_name: user, embedding_snapshot_uri: '{uri}'}}").replace(
+                "uri: snapshots/demo", f"uri: '{uri}'"
+            ),
+        )
+        assert config.snapshot.uri == expected
+        pretrained = config.large_embeddings.tables[0].pretrained
+        assert pretrained is not None
+        assert pretrained.embedding_snapshot_uri == expected
+
+
+@pytest.mark.parametrize("uri", ["'~nobody-of-that-name/x'", '"a\\0b"'], ids=["home of nobody", "NUL"])
+def test_a_path_that_cannot_be_resolved_is_refused(tmp_path: Path, uri: str) -> None:
+    assert "snapshot.uri" in refusal(tmp_path, replaced("uri: snapshots/demo", f"uri: {uri}"))
+
+
+# --- Budgets -------------------------------------------------------------------------------------------------------
+
+
+def test_a_tables_budget_comes_before_its_precisions_and_that_before_the_default(tmp_path: Path) -> None:
+    text = """\
+        parity:
+          budgets:
+            fp16: {max_relative_l2: 0.5}
+          table_budgets:
+            user: {min_cosine: 0.25}
+        """
+    parity = load(tmp_path, release_with(textwrap.dedent(text))).parity
+    assert parity.budget("user", Precision.FP16) == Budget(min_cosine=0.25)
+    assert parity.budget("user", Precision.FP32) == Budget(min_cosine=0.25)
+    assert parity.budget("item", Precision.FP16) == Budget(max_relative_l2=0.5)
+    assert parity.budget("item", Precision.FP32) == DEFAULT_BUDGETS[Precision.FP32]
+
+
+def test_an_empty_budget_of_a_table_gates_nothing(tmp_path: Path) -> None:
+    text = release_with("parity: {budgets: {fp16: {max_relative_l2: 0.5}}, table_budgets: {user: {}}}")
+    assert load(tmp_path, text).parity.budget("user", Precision.FP16) == Budget()
+
+
+def test_the_default_budgets_allow_one_rounding_and_in_fp32_nothing() -> None:
+    parity = ParityConfig()
+    assert parity.budget("user", Precision.FP32) == Budget(max_absolute_error=0.0)
+    assert parity.budget("user", Precision.FP16) == Budget(max_relative_l2=2**-10, min_cosine=0.999)
+
+
+# --- Unknown keys --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key", "nearest"),
+    [
+        (replaced("snapshot:", "snapshto:"), 7, "snapshto", "snapshot"),
+        (replaced("tables:", "tabels:"), 2, "large_embeddings.tabels", "tables"),
+        (replaced("num_embeddings:", "num_embedings:"), 4, f"{TABLE}.num_embedings", "num_embeddings"),
+        (
+            table_with("pretrained:\n  emb_nam: x\n  embedding_snapshot_uri: y"),
+            8,
+            f"{TABLE}.pretrained.emb_nam",
+            "emb_name",
+        ),
+        (table_with("optimizer:\n  sdg: {lr: 0.1}"), 8, f"{TABLE}.optimizer.sdg", "sgd"),
+        (
+            table_with("optimizer:\n  sgd:\n    lr: 1\n    momentun: 1"),
+            10,
+            f"{TABLE}.optimizer.sgd.momentun",
+            "momentum",
+        ),
+        (
+            table_with("optimizer:\n  sgd: {lr: 1}\n  learning_rate:\n    constnt: 1"),
+            10,
+            f"{TABLE}.optimizer.learning_rate.constnt",
+            "constant",
+        ),
+        (replaced("uri:", "ury:"), 8, "snapshot.ury", "uri"),
+        (release_with("serving:\n  precison: fp16"), 10, "serving.precison", "precision"),
+        (release_with("parity:\n  batch: 1"), 10, "parity.batch", "batches"),
+        (
+            release_with("parity:\n  budgets:\n    fp16:\n      min_cosin: 0.9"),
+            12,
+            "parity.budgets.fp16.min_cosin",
+            "min_cosine",
+        ),
+        (
+            release_with("parity:\n  table_budgets:\n    user:\n      max_absolut_error: 0.9"),
+            12,
+            "parity.table_budgets.user.max_absolut_error",
+            "max_absolute_error",
+        ),
+    ],
+)
+def test_an_unknown_key_is_refused_with_its_line_and_the_nearest_known_one(
+    tmp_path: Path, text: str, line: int, key: str, nearest: str
+) -> None:
+    lines = refusal(tmp_path, text).splitlines()
+    assert f"release.yaml:{line}: {key}: unknown key; did you mean '{nearest}'?" in lines
+
+
+def test_an_unknown_key_that_resembles_none_lists_the_known_ones(tmp_path: Path) -> None:
+    assert refusal(tmp_path, release_with("zzz: 1")) == (
+        "release.yaml:9: zzz: unknown key; known keys: large_embeddings, mode, snapshot, serving, surgery, parity"
+    )
+
+
+# --- Values --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ('"10"', "valid integer.*got '10'"),
+        ("ten", "valid integer.*got 'ten'"),
+        ("true", "valid integer.*got True"),
+        ("10.0", r"valid integer.*got 10\.0"),
+        ("null", "valid integer.*got None"),
+        ("[10]", "valid integer"),
+        ("{a: 10}", "valid integer"),
+        ("0", "greater than or equal to 1.*got 0"),
+        ("-10", "greater than or equal to 1.*got -10"),
+        ("9223372036854775808", "less than 9223372036854775808.*got 9223372036854775808"),
+    ],
+)
+def test_a_number_of_rows_is_a_positive_integer(tmp_path: Path, value: str, problem: str) -> None:
+    message = refusal(tmp_path, replaced("num_embeddings: 10", f"num_embeddings: {value}"))
+    assert message.startswith(f"release.yaml:4: {TABLE}.num_embeddings: ")
+    assert_matches(problem, message)
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key", "problem"),
+    [
+        (replaced("embedding_dim: 4", "embedding_dim: true"), 5, f"{TABLE}.embedding_dim", "integer, got True"),
+        (replaced("embedding_dim: 4", "embedding_dim: -4"), 5, f"{TABLE}.embedding_dim", "equal to 1, got -4"),
+        (replaced("embedding_dim: 4", "embedding_dim: 1048577"), 5, f"{TABLE}.embedding_dim", "1048576, got 1048577"),
+        (replaced("fp32", "fp64"), 6, f"{TABLE}.data_type", "'fp32' or 'fp16', got 'fp64'"),
+        (replaced("fp32", "16"), 6, f"{TABLE}.data_type", "'fp32' or 'fp16', got 16"),
+        (replaced("name: user", "name: 7"), 3, f"{TABLE}.name", "valid string, got 7"),
+        (replaced("name: user", "name: null"), 3, f"{TABLE}.name", "valid string, got None"),
+        (replaced("uri: snapshots/demo", "uri: 7"), 8, "snapshot.uri", "valid string, got 7"),
+        (replaced("uri: snapshots/demo", "uri: null"), 8, "snapshot.uri", "valid string, got None"),
+        (table_with("pooling: max"), 7, f"{TABLE}.pooling", "'sum' or 'mean', got 'max'"),
+        (table_with("weighted: maybe"), 7, f"{TABLE}.weighted", "valid boolean.*got 'maybe'"),
+        (table_with("feature_names: user"), 7, f"{TABLE}.feature_names", "valid list.*got 'user'"),
+        (table_with("feature_names: []"), 7, f"{TABLE}.feature_names", "at least 1 item"),
+        (table_with("feature_names: [a, 7]"), 7, f"{TABLE}.feature_names[1]", "valid string, got 7"),
+        (table_with('feature_names: [""]'), 7, f"{TABLE}.feature_names[0]", "printable and not empty, got ''"),
+        (table_with('feature_names: ["a\\tb"]'), 7, f"{TABLE}.feature_names[0]", r"printable.*got 'a\\tb'"),
+        (table_with("optimizer: sgd"), 7, f"{TABLE}.optimizer", "dictionary"),
+        (table_with("optimizer:\n  sgd: {lr: fast}"), 8, f"{TABLE}.optimizer.sgd.lr", "number.*got 'fast'"),
+        (table_with("pretrained: {emb_name: x}"), 7, f"{TABLE}.pretrained.embedding_snapshot_uri", "required"),
+        (release_with("mode: testing"), 9, "mode", "'train', 'evaluate' or 'inference', got 'testing'"),
+        (release_with("serving: null"), 9, "serving", "dictionary.*got None"),
+        (release_with("serving:\n  graphs: torchscript"), 10, "serving.graphs", "valid list"),
+        (release_with("serving:\n  graphs: []"), 10, "serving.graphs", "at least 1 item"),
+        (release_with("serving:\n  targets: [tpu]"), 10, "serving.targets[0]", "'cpu' or 'cuda', got 'tpu'"),
+        (release_with("parity:\n  seed: -1"), 10, "parity.seed", "equal to 0, got -1"),
+        (release_with("parity:\n  seed: true"), 10, "parity.seed", "integer, got True"),
+        (release_with("parity:\n  batches: 0"), 10, "parity.batches", "equal to 1, got 0"),
+        (
+            release_with("parity:\n  table_budgets:\n    user: {min_cosine: 1.5}"),
+            11,
+            "parity.table_budgets.user.min_cosine",
+            r"less than or equal to 1, got 1\.5",
+        ),
+        (
+            release_with("parity:\n  table_budgets:\n    user: {max_absolute_error: .nan}"),
+            11,
+            "parity.table_budgets.user.max_absolute_error",
+            "finite number, got nan",
+        ),
+        (
+            release_with("parity:\n  table_budgets:\n    user: {max_absolute_error: -0.5}"),
+            11,
+            "parity.table_budgets.user.max_absolute_error",
+            r"equal to 0, got -0\.5",
+        ),
+        (
+            release_with("parity:\n  table_budgets:\n    user: {max_absolute_error: true}"),
+            11,
+            "parity.table_budgets.user.max_absolute_error",
+            "valid number, got True",
+        ),
+        (release_with("parity:\n  budgets:\n    bf16: {}"), 11, "parity.budgets.bf16", "'fp32', 'fp16'.*got 'bf16'"),
+        (replaced("uri: snapshots/demo", "uri: x\n  step: -1"), 9, "snapshot.step", "equal to 0, got -1"),
+        (replaced("uri: snapshots/demo", "uri: x\n  step: true"), 9, "snapshot.step", "integer, got True"),
+        (replaced("uri: snapshots/demo", 'uri: x\n  step: "3"'), 9, "snapshot.step", "integer, got '3'"),
+        (replaced("uri: snapshots/demo", "uri: x\n  format: zip"), 9, "snapshot.format", "'dcp'.*got 'zip'"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_refused_with_its_line_its_key_and_what_came(
+    tmp_path: Path, text: str, line: int, key: str, problem: str
+) -> None:
+    message = refusal(tmp_path, text)
+    assert message.startswith(f"release.yaml:{line}: {key}: ")
+    assert_matches(problem, message)
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key"),
+    [
+        (replaced("      embedding_dim: 4\n", ""), 3, f"{TABLE}.embedding_dim"),
+        (replaced("    - name: user\n      num", "    - num"), 3, f"{TABLE}.name"),
+        (BASE[: BASE.index("snapshot:")], 1, "snapshot"),
+        ("snapshot: {uri: x}\n", 1, "large_embeddings"),
+        ("large_embeddings: {}\nsnapshot: {uri: x}\n", 1, "large_embeddings.tables"),
+    ],
+)
+def test_a_missing_key_is_named(tmp_path: Path, text: str, line: int, key: str) -> None:
+    assert refusal(tmp_path, text) == f"release.yaml:{line}: {key}: Field required"
+
+
+def test_a_section_without_tables_is_refused(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "large_embeddings:\n  tables: []\nsnapshot: {uri: x}\n")
+    assert_matches(r"^release\.yaml:2: large_embeddings\.tables: .*at least 1 item", message)
+
+
+# --- Names ---------------------------------------------------------------------------------------------------------
+
+RESERVED = sorted(dir(torch.nn.ModuleDict()))
+
+
+@pytest.mark.parametrize("name", ["a.b", ".", "__metadata__", "forward", "keys", "type"])
+def test_a_table_name_that_torch_or_safetensors_reserves_is_refused(tmp_path: Path, name: str) -> None:
+    message = refusal(tmp_path, replaced("name: user", f"name: '{name}'"))
+    assert message == f"release.yaml:3: {TABLE}.name: '{name}' cannot name a table: torch or safetensors reserves it"
+
+
+def test_every_name_that_a_module_dict_refuses_is_refused(tmp_path: Path) -> None:
+    refused = []
+    for name in RESERVED:
+        with pytest.raises(KeyError):  # why it is reserved: torchrec keeps its tables in a ModuleDict
+            torch.nn.ModuleDict()[name] = torch.nn.Identity()
+        try:
+            load(tmp_path, replaced("name: user", f"name: {name}"))
+        except ConfigError:
+            refused.append(name)
+    assert refused == RESERVED
+
+
+@pytest.mark.parametrize(("name", "shown"), [('""', "''"), ('"a\\nb"', r"'a\nb'"), ('"a\\u200bb"', r"'a\u200bb'")])
+def test_a_table_name_that_is_empty_or_cannot_be_printed_is_refused(tmp_path: Path, name: str, shown: str) -> None:
+    message = refusal(tmp_path, replaced("name: user", f"name: {name}"))
+    assert message == f"release.yaml:3: {TABLE}.name: a name must be printable and not empty, got {shown}"
+
+
+def test_two_tables_of_one_name_are_refused(tmp_path: Path) -> None:
+    message = refusal(tmp_path, second_table("name: user\nfeature_names: [other]"))
+    assert "large_embeddings" in message
+    assert message.endswith("duplicate table name 'user'")
+
+
+def test_one_feature_of_two_tables_is_refused(tmp_path: Path) -> None:
+    message = refusal(tmp_path, second_table("name: item\nfeature_names: [item, user]"))
+    assert "large_embeddings" in message
+    assert message.endswith("duplicate feature name 'user' in tables 'user' and 'item'")
+
+
+def test_one_feature_twice_in_a_table_is_refused(tmp_path: Path) -> None:
+    message = refusal(tmp_path, table_with("feature_names: [a, b, a]"))
+    assert message.endswith("duplicate feature name 'a' in table 'user'")
+
+
+@pytest.mark.parametrize(
+    ("lines", "line"), [("name: user\nfeature_names: [x]", 10), ("name: item\nfeature_names: [user]", 11)]
+)
+def test_a_duplicate_name_is_reported_in_its_own_table(tmp_path: Path, lines: str, line: int) -> None:
+    message = refusal(tmp_path, second_table(lines))
+    reported = int(message.split(":")[1])
+    assert 7 <= reported <= line, f"the second name stands in line {line}, the table begins in line 7: {message}"
+
+
+# --- What contradicts itself, or is not built yet ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "chosen"),
+    [("{}", "[]"), ("{learning_rate: {constant: 1}}", "[]"), ("{sgd: {lr: 1}, adam: {lr: 1}}", "['adam', 'sgd']")],
+)
+def test_a_table_has_exactly_one_optimizer(tmp_path: Path, optimizer: str, chosen: str) -> None:
+    message = refusal(tmp_path, table_with(f"optimizer: {optimizer}"))
+    assert message == (
+        f"release.yaml:7: {TABLE}.optimizer: exactly one of adam, sgd, adagrad is required, got {chosen}"
+    )
+
+
+def test_weights_with_mean_pooling_are_refused(tmp_path: Path) -> None:
+    message = refusal(tmp_path, table_with("weighted: true\npooling: mean"))
+    assert message.startswith("release.yaml:3: ")
+    assert f"{TABLE}: per-sample weights need pooling: sum" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key", "value", "built"),
+    [
+        (table_with("serving_precision: int8"), 7, f"{TABLE}.serving_precision", "int8", "fp32, fp16"),
+        (table_with("serving_precision: auto"), 7, f"{TABLE}.serving_precision", "auto", "fp32, fp16"),
+        (release_with("serving:\n  precision: int4"), 10, "serving.precision", "int4", "fp32, fp16"),
+        (release_with("serving:\n  precision: auto"), 10, "serving.precision", "auto", "fp32, fp16"),
+        (
+            release_with("serving:\n  graphs: [torchscript, aot_inductor]"),
+            10,
+            "serving.graphs[1]",
+            "aot_inductor",
+            "torchscript",
+        ),
+        (release_with("serving:\n  graphs: [onnx]"), 10, "serving.graphs[0]", "onnx", "torchscript"),
+        (release_with("serving:\n  targets:\n    - cpu\n    - cuda"), 12, "serving.targets[1]", "cuda", "cpu"),
+        (
+            replaced("uri: snapshots/demo", "uri: x\n  format: torchsnapshot"),
+            9,
+            "snapshot.format",
+            "torchsnapshot",
+            "auto, dcp, safetensors, state_dict",
+        ),
+    ],
+)
+def test_what_this_version_does_not_build_is_refused_with_what_it_does(
+    tmp_path: Path, text: str, line: int, key: str, value: str, built: str
+) -> None:
+    assert refusal(tmp_path, text) == (
+        f"release.yaml:{line}: {key}: '{value}' is not supported by this version, which has: {built}"
+    )
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+def test_a_release_is_built_in_inference_mode_only(tmp_path: Path, mode: str) -> None:
+    message = refusal(tmp_path, release_with(f"mode: {mode}"))
+    assert message.endswith(f"a release is built in mode 'inference', got '{mode}'")
+
+
+def test_a_vocabulary_is_refused(tmp_path: Path) -> None:
+    message = refusal(tmp_path, table_with("vocab: vocab/user/"))
+    assert message.endswith("table 'user': this version does not build vocabularies; remove the key 'vocab'")
+
+
+def test_a_surgery_is_refused_as_something_that_this_version_does_not_do(tmp_path: Path) -> None:
+    message = refusal(tmp_path, release_with('surgery: {module: "package.module:Class"}'))
+    assert message.startswith("release.yaml:9: surgery: ")
+    assert_matches("not supported by this version|this version does not", message)
+
+
+def test_a_budget_of_no_table_is_refused_with_the_tables_that_there_are(tmp_path: Path) -> None:
+    message = refusal(tmp_path, release_with("parity: {table_budgets: {usr: {min_cosine: 0.9}}}"))
+    assert message.endswith("parity.table_budgets names 'usr', which is no table; tables: user")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key"),
+    [
+        (release_with("mode: train"), 9, "mode"),
+        (table_with("vocab: x"), 7, f"{TABLE}.vocab"),
+        (release_with("parity:\n  table_budgets:\n    usr: {}"), 11, "parity.table_budgets.usr"),
+    ],
+    ids=["mode", "vocab", "table_budgets"],
+)
+def test_a_refusal_of_the_whole_release_says_which_line_and_key_it_is_about(
+    tmp_path: Path, text: str, line: int, key: str
+) -> None:
+    assert refusal(tmp_path, text).startswith(f"release.yaml:{line}: {key}: ")
+
+
+# --- Several problems ----------------------------------------------------------------------------------------------
+
+
+def test_every_problem_is_one_line(tmp_path: Path) -> None:
+    text = BASE.replace("num_embeddings: 10", "num_embeddings: -1").replace("fp32", "fp64").replace("uri", "urj")
+    lines = refusal(tmp_path, text).splitlines()
+    assert [line.split(": ")[0] for line in lines] == ["release.yaml:4", "release.yaml:6", "release.yaml:8"]
+    assert "num_embeddings" in lines[0]
+    assert "data_type" in lines[1]
+    assert lines[2].endswith("snapshot.urj: unknown key; did you mean 'uri'?")
+
+
+def test_an_unknown_key_does_not_hide_the_other_problems_of_its_section(tmp_path: Path) -> None:
+    text = table_with("poling: sum\nweigthed: true").replace("num_embeddings: 10", "num_embeddings: -1")
+    message = refusal(tmp_path, text)
+    for key in ("num_embeddings", "poling", "weigthed"):
+        assert f"{TABLE}.{key}: " in message, f"{key} is missing:\n{message}"
+
+
+# --- Files that are no configuration -------------------------------------------------------------------------------
+
+EXPECTED_MAPPING = "expected a mapping with the keys large_embeddings, mode, snapshot, serving, surgery, parity"
+
+
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "- large_embeddings\n", "hello\n", "7\n"])
+def test_a_file_that_is_no_mapping_is_refused_with_the_expected_keys(tmp_path: Path, text: str) -> None:
+    assert refusal(tmp_path, text) == f"release.yaml: {EXPECTED_MAPPING}"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "problem"),
+    [
+        ("large_embeddings: [user\n", 2, r"expected ',' or '\]'"),
+        ("large_embeddings: a: b\n", 1, "mapping values are not allowed"),
+        ("large_embeddings:\n\ttables: []\n", 2, r"'\\t' that cannot start any token"),
+        ("snapshot: *nowhere\n", 1, "undefined alias 'nowhere'"),
+        (BASE + "snapshot: {uri: other}\n", LAST_LINE + 1, 'duplicate key "snapshot"'),
+        (table_with("data_type: fp16"), 7, 'duplicate key "data_type"'),
+        (BASE + "---\n" + BASE, LAST_LINE + 1, "single document"),
+    ],
+    ids=["unclosed", "nested", "tab", "alias", "duplicate section", "duplicate key", "two documents"],
+)
+def test_a_file_that_is_not_yaml_is_refused_with_the_line(tmp_path: Path, text: str, line: int, problem: str) -> None:
+    message = refusal(tmp_path, text)
+    assert message.startswith(f"release.yaml:{line}: not valid YAML: ")
+    assert_matches(problem, message)
+    assert "\n" not in message
+
+
+def test_a_control_character_is_not_valid_yaml(tmp_path: Path) -> None:
+    assert_matches(r"^release\.yaml: not valid YAML: .*x0000", refusal(tmp_path, b"mode: \x00\n"))
+
+
+def test_yaml_that_is_nested_without_end_is_refused(tmp_path: Path) -> None:
+    assert_matches(r"^release\.yaml", refusal(tmp_path, "large_embeddings: " + "[" * 3000))
+
+
+def test_a_tag_that_would_make_a_python_object_makes_none(tmp_path: Path) -> None:
+    witness = tmp_path / "ran"
+    message = refusal(tmp_path, release_with(f"mode: !!python/object/apply:os.system ['touch {witness}']"))
+    assert message.startswith("release.yaml:9: mode: ")
+    assert not witness.exists()
+
+
+def test_a_file_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    assert_matches(r"^release\.yaml: cannot be read: .*utf-8", refusal(tmp_path, "mode: caf\xe9\n".encode("latin-1")))
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    cases: dict[Any, str] = {tmp_path / "absent.yaml": "No such file or directory", tmp_path: "Is a directory"}
+    for path, problem in cases.items():
+        with pytest.raises(ConfigError) as caught:
+            load_config(path)
+        assert str(caught.value).startswith(f"{path}: cannot be read: ")
+        assert problem in str(caught.value)
