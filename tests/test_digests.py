@@ -1,4 +1,4 @@
-"""Digests, computed again from nothing but the description at the top of `runtime_py/digests.py`."""
+"""Digests, computed again from nothing but their description in `artifacts/FORMAT.md`."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support import make_rows
 
 from runtime_py import DigestMismatchError
-from runtime_py.digests import Digest, chunk_rows, combine, sha256
+from runtime_py.digests import Digest, chunk_groups, chunk_rows, combine, sha256
 from runtime_py.manifest import Feature, File, Graph, Manifest, Output, Provenance, Table
 from runtime_py.weights import WeightFile, encode_header, layout_tables
 
@@ -76,6 +76,16 @@ def test_a_chunk_is_as_many_whole_rows_as_fit_in_one_mib_and_at_least_one(row_by
     assert rows >= 1
     assert (rows + 1) * row_bytes > MIB
     assert rows == 1 or rows * row_bytes <= MIB
+
+
+@given(st.integers(1, 1 << 20), st.integers(1 << 10, 1 << 21))
+@example(num_embeddings=64, row_bytes=MIB)
+@example(num_embeddings=65, row_bytes=MIB)
+def test_groups_hold_every_chunk_once_in_order(num_embeddings: int, row_bytes: int) -> None:
+    groups = chunk_groups(num_embeddings, row_bytes)
+    assert all(groups)
+    starts = [start for group in groups for start in group]
+    assert starts == list(range(0, num_embeddings, max(1, MIB // row_bytes)))
 
 
 @given(st.sampled_from(["sha256-rows-1048576", "sha256-tables"]), st.lists(st.binary(min_size=32, max_size=32)))
@@ -168,11 +178,8 @@ def test_the_reader_agrees_with_the_description_on_any_number_of_threads_and_not
     tmp_path: Path, shapes: list[tuple[int, int, str]], threads: int, seed: int, position: float
 ) -> None:
     manifest, data = write_weights(tmp_path, shapes, seed)
-    seen: list[int] = []
     with WeightFile(tmp_path, manifest) as weights:
-        weights.verify_digests(threads, seen.append)
-        assert sum(seen) == len(data)
-
+        weights.verify_digests(threads)
         at = int(position * len(data))
         with (tmp_path / WEIGHTS).open("r+b") as file:
             file.seek(manifest.weights_offset_bytes + at)
@@ -180,6 +187,12 @@ def test_the_reader_agrees_with_the_description_on_any_number_of_threads_and_not
         hit = next(table for table in manifest.tables if table.offset_bytes <= at < table.offset_bytes + table.bytes)
         with pytest.raises(DigestMismatchError, match=f"the rows of table '{hit.name}' are not those"):
             weights.verify_digests(threads)
+
+
+def test_the_reader_agrees_with_the_description_on_a_table_of_many_chunks(tmp_path: Path) -> None:
+    manifest, _ = write_weights(tmp_path, [(67, MIB // 4 + 1, "fp32")], 0)
+    with WeightFile(tmp_path, manifest) as weights:
+        weights.verify_digests(2)
 
 
 def test_the_reader_refuses_a_weight_file_digest_that_its_tables_do_not_give(tmp_path: Path) -> None:

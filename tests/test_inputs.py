@@ -510,6 +510,19 @@ def test_a_keyed_jagged_tensor_with_a_batch_size_for_each_key_is_refused(artifac
     )
 
 
+def test_a_keyed_jagged_tensor_with_inverse_indices_is_refused(artifact: Artifact) -> None:
+    """They would have to be applied to the result."""
+    indices = (FEATURES, torch.zeros(5, 3, dtype=torch.int64))
+    features = keyed({name: [[0]] for name in FEATURES}, FEATURES, inverse_indices=indices)
+    refused(lambda: artifact(features), "the KeyedJaggedTensor has inverse indices; give the bags themselves")
+
+
+def test_more_ids_than_fbgemm_can_count_are_refused(artifact: Artifact) -> None:
+    values = torch.zeros(1, dtype=torch.int64).expand(2**31)  # 8 bytes, seen 2**31 times
+    lengths = torch.tensor([2**31 - 1, 1, 0, 0, 0])
+    refused(lambda: artifact.lookup(values, lengths), "values: 2147483648 ids; a request has fewer than 2**31")
+
+
 @pytest.mark.parametrize("keys", [FEATURES, FEATURES[::-1]], ids=["in order", "reversed"])
 def test_a_keyed_jagged_tensor_that_does_not_hold_together_is_refused(artifact: Artifact, keys: list[str]) -> None:
     def features(values: int, lengths: Sequence[int]) -> KeyedJaggedTensor:

@@ -31,7 +31,7 @@ FILE_BYTES = HEADER_BYTES + DATA_BYTES
 
 
 def seal(document: Document) -> bytes:
-    """The document as a manifest with a fresh `sha256-zeroed` digest, as `runtime_py/digests.py` describes it.
+    """The document as a manifest with a fresh `sha256-zeroed` digest, as `artifacts/FORMAT.md` describes it.
 
     A document whose manifest digest cannot be made right, since it is what the test has broken, stays as it is.
     """
@@ -53,7 +53,7 @@ def seal_text(text: str) -> bytes:
 
 
 def identify(document: Document) -> str:
-    """The artifact id, as `compute_artifact_id` and the design describe it."""
+    """The artifact id, as `artifacts/FORMAT.md` describes it."""
     digests = {table["name"]: table["digest"] for table in document["tables"]}
     content = {
         "features": document["features"],
@@ -414,7 +414,7 @@ def test_a_manifest_that_lists_itself_is_refused(document: Document) -> None:
 )
 def test_what_is_listed_twice_is_refused(document: Document, where: str, twice: str) -> None:
     document[where].append(document[where][0])
-    assert str(refusal(seal(document))) == f"{where}: '{twice}' is listed twice"
+    assert str(refusal(seal(document))) == f"{where}: '{twice}' is listed 2 times"
 
 
 def test_a_feature_of_an_unknown_table_is_refused(document: Document) -> None:
@@ -422,10 +422,14 @@ def test_a_feature_of_an_unknown_table_is_refused(document: Document) -> None:
     assert str(refusal(seal(document))) == "feature 'last_item': table 'items' is not in the manifest"
 
 
-def test_an_artifact_without_features_is_refused(document: Document) -> None:
+@pytest.mark.parametrize("field", ["features", "tables"])
+def test_an_artifact_without_features_or_without_tables_is_refused(document: Document, field: str) -> None:
     document |= {"features": [], "outputs": []}
+    if field == "tables":
+        document |= {"tables": [], "weights_bytes": 0}
+        document["files"][0]["bytes"] = HEADER_BYTES
     document["artifact_id"] = identify(document)
-    assert "features" in str(refusal(seal(document)))
+    assert re.fullmatch("(features|tables): an artifact has at least one", str(refusal(seal(document))))
 
 
 def put(*path: Step, value: Any) -> Edit:

@@ -1,5 +1,6 @@
 """torch.save files: which bytes hold a tensor's values, and the files that are refused rather than guessed at."""
 
+import contextlib
 import os
 import struct
 import zipfile
@@ -109,20 +110,18 @@ def test_the_same_tensor_under_two_names_is_read_under_both(tmp_path: Path) -> N
     assert torch.equal(read(index, "tied"), TABLE)
 
 
-def test_reading_allocates_no_table_and_reads_no_values(tmp_path: Path) -> None:
-    path = save(tmp_path, {"user": torch.zeros(1 << 20, 64, dtype=torch.float16)})
-    with path.open("r+b") as file:  # the values themselves are gone: only the file's directory at its end is left
-        [blob] = StateDictIndex(path).locate("user")
-        assert (blob.rows, blob.columns) == (1 << 20, 64)
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    before = resident_bytes()
-    StateDictIndex(path).locate("user")
-    assert resident_bytes() - before < 32 << 20  # the table has 128 MiB
+def test_opening_a_file_reads_none_of_its_values(tmp_path: Path) -> None:
+    path = save(tmp_path, {"user": torch.zeros(1 << 17, 64, dtype=torch.float16)})
+    assert path.stat().st_size > 16 << 20
+    before = bytes_read()
+    [blob] = StateDictIndex(path).locate("user")
+    assert bytes_read() - before < 1 << 20
+    assert (blob.rows, blob.columns) == (1 << 17, 64)
 
 
-def resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGESIZE")
+def bytes_read() -> int:
+    """What this process has read so far, from files and elsewhere."""
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
 
 
 def test_tensors_of_other_kinds_stand_beside_a_table(tmp_path: Path) -> None:
@@ -151,10 +150,10 @@ def test_an_archive_whose_records_were_stored_again_is_read(tmp_path: Path) -> N
 # --- What is stored in another way than it looks -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_an_archive_with_compressed_records_is_refused_as_its_rows_are_not_in_it_as_they_are(
-    tmp_path: Path, compression: int
-) -> None:
+@pytest.mark.parametrize(
+    "compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA], ids=["deflate", "bzip2", "lzma"]
+)
+def test_an_archive_with_compressed_records_is_refused(tmp_path: Path, compression: int) -> None:
     again = rezip(save(tmp_path, {"user": TABLE}), compression)
     message = refusal(again, "user")
     assert message.startswith(f"{again}: ")
@@ -180,12 +179,7 @@ def test_a_table_that_is_not_contiguous_is_refused(
 
 
 def test_a_table_whose_stored_values_are_to_be_negated_is_refused(tmp_path: Path) -> None:
-    table = torch.complex(torch.zeros(6, 4), TABLE).conj().imag
-    assert table.is_neg()
-    negated = torch.as_strided(table, (6, 4), (8, 2)).new_empty(0)  # what `imag` gives is strided as well
-    assert negated.numel() == 0
-    contiguous = torch._neg_view(TABLE.clone())
-    path = save(tmp_path, {"user": contiguous})
+    path = save(tmp_path, {"user": torch._neg_view(TABLE.clone())})
     assert torch.equal(torch.load(path, weights_only=True)["user"], -TABLE)
     assert refusal(path, "user").startswith(f"{path}: 'user'")
 
@@ -299,16 +293,14 @@ def test_a_damaged_pickle_in_a_sound_archive_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, {"user": TABLE})
     with zipfile.ZipFile(path) as archive:
         pickled = archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
-    for position in range(0, len(pickled)):
+    for position in range(len(pickled)):
         for byte in (0x00, ord("t"), 0xFF):
             changed = pickled[:position] + bytes([byte]) + pickled[position + 1 :]
             again = rezip(path, **{"data.pkl": changed})
-            try:
+            with contextlib.suppress(SnapshotError):  # anything else is a defect; some changes leave it readable
                 index = StateDictIndex(again)
                 if "user" in index.tensors and len(index.tensors["user"].shape) == 2:
                     index.locate("user")
-            except SnapshotError as error:
-                assert str(error).startswith(f"{again}: ")  # noqa: PT017
 
 
 def test_a_storage_shorter_than_its_tensor_is_refused(tmp_path: Path) -> None:

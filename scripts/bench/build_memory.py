@@ -9,6 +9,8 @@ sampled from /proc/PID/smaps_rollup, and VmHWM, the kernel's own peak of everyth
 
 import argparse
 import json
+import os
+import platform
 import select
 import subprocess
 import sys
@@ -100,12 +102,14 @@ def measure(folder: Path, mib: int, kind: str) -> dict[str, float | int | str]:
 
 
 def main() -> None:
-    """Prints one JSON line a build; exit code 1 where private memory is above the limit."""
+    """Prints one JSON line on the machine, then one a build; exit code 1 where private memory is above the limit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mib", type=int, nargs="+", default=[256, 2048], help="table sizes (default: 256 2048)")
     parser.add_argument("--kinds", nargs="+", default=["dcp", "safetensors", "state_dict"])
     parser.add_argument("--folder", type=Path, help="where to write (default: the temporary folder)")
     options = parser.parse_args()
+    environment = {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()}
+    print(json.dumps({"date": time.strftime("%Y-%m-%d"), **environment}), flush=True)
     failed = False
     for kind in options.kinds:
         for mib in options.mib:
