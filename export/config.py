@@ -9,12 +9,23 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, get_args
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import TaggedScalar
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from export.errors import ConfigError
@@ -95,6 +106,15 @@ class SnapshotFormat(StrEnum):
     STATE_DICT = "state_dict"
 
 
+# The type of the errors raised here; "at", in their context, leads from the section to the key that they are about.
+_OURS = "release"
+_MODULE_DICT = torch.nn.ModuleDict()
+
+
+def _error_at(message: str, *at: int | str) -> PydanticCustomError:
+    return PydanticCustomError(_OURS, "{message}", {"message": message, "at": at})
+
+
 # --- What this version builds. The configuration names more than that; the rest is refused while it is read. -------
 
 
@@ -102,7 +122,7 @@ def _built(*built: StrEnum) -> AfterValidator:
     def check(value: StrEnum) -> StrEnum:
         if value not in built:
             names = ", ".join(built)
-            raise PydanticCustomError("not_built", f"'{value}' is not supported by this version, which has: {names}")
+            raise PydanticCustomError(_OURS, f"'{value}' is not supported by this version, which has: {names}")
         return value
 
     return AfterValidator(check)
@@ -117,85 +137,80 @@ _BuiltFormat = Annotated[
 ]
 
 
+def _refuse_surgery(value: object) -> None:
+    if value is not None:
+        raise PydanticCustomError(_OURS, "surgery is not supported by this version; remove the key")
+
+
 def _check_name(name: str) -> str:
     """Table names become module names and tensor names: what `nn.ModuleDict` or safetensors refuses is refused here."""
     if not name or not name.isprintable():
-        raise PydanticCustomError("name", f"a name must be printable and not empty, got {name!r}")
-    if "." in name or name == "__metadata__" or hasattr(torch.nn.ModuleDict, name):
-        raise PydanticCustomError("name", f"{name!r} cannot name a table: torch or safetensors reserves it")
+        raise PydanticCustomError(_OURS, f"a name must be printable and not empty, got {name!r}")
+    if "." in name or name == "__metadata__" or hasattr(_MODULE_DICT, name):
+        raise PydanticCustomError(_OURS, f"{name!r} cannot name a table: torch or safetensors reserves it")
     return name
 
 
 def _check_feature_name(name: str) -> str:
     if not name or not name.isprintable():
-        raise PydanticCustomError("name", f"a name must be printable and not empty, got {name!r}")
+        raise PydanticCustomError(_OURS, f"a name must be printable and not empty, got {name!r}")
     return name
 
 
 _TableName = Annotated[str, AfterValidator(_check_name)]
 _FeatureName = Annotated[str, AfterValidator(_check_feature_name)]
 _Count = Annotated[StrictInt, Field(ge=1, lt=2**63)]
-_Ratio = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+_Float = Annotated[float, Strict()]
+_Ratio = Annotated[_Float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 class _Section(BaseModel):
-    """Base of every section: immutable, and an unknown key is an error that names the nearest known one."""
+    """Base of every section: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown_keys(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
-            for key in data:
-                if key not in cls.model_fields:
-                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.6)
-                    known = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(cls.model_fields)}"
-                    raise PydanticCustomError("unknown_key", f"unknown key; {known}", {"key": str(key)})
-        return data
 
 
 # --- large_embeddings: the training section ------------------------------------------------------------------------
 
 
 class _PiecewiseConstant(_Section):
-    learning_rate_boundaries: list[int] | None = None
-    learning_rate_values: list[float] | None = None
+    learning_rate_boundaries: list[StrictInt] | None = None
+    learning_rate_values: list[_Float] | None = None
 
 
 class _LinearRampToConstant(_Section):
-    learning_rate: float
+    learning_rate: _Float
     num_ramp_steps: _Count
 
 
 class _LinearRampToCosine(_Section):
-    learning_rate: float
-    final_learning_rate: float
+    learning_rate: _Float
+    final_learning_rate: _Float
     num_ramp_steps: _Count
     final_num_steps: _Count
 
 
 class _LearningRate(_Section):
-    constant: float | None = None
+    constant: _Float | None = None
     linear_ramp_to_cosine: _LinearRampToCosine | None = None
     linear_ramp_to_constant: _LinearRampToConstant | None = None
     piecewise_constant: _PiecewiseConstant | None = None
 
 
 class _Adam(_Section):
-    lr: float
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-7
+    lr: _Float
+    betas: tuple[_Float, _Float] = (0.9, 0.999)
+    eps: _Float = 1e-7
 
 
 class _Sgd(_Section):
-    lr: float
-    momentum: float = 0.0
+    lr: _Float
+    momentum: _Float = 0.0
 
 
 class _Adagrad(_Section):
-    lr: float
-    eps: float = 0.0
+    lr: _Float
+    eps: _Float = 0.0
 
 
 class OptimizerConfig(_Section):
@@ -210,7 +225,7 @@ class OptimizerConfig(_Section):
     def _one_algorithm(self) -> Self:
         chosen = [name for name in ("adam", "sgd", "adagrad") if getattr(self, name) is not None]
         if len(chosen) != 1:
-            raise PydanticCustomError("optimizer", f"exactly one of adam, sgd, adagrad is required, got {chosen}")
+            raise PydanticCustomError(_OURS, f"exactly one of adam, sgd, adagrad is required, got {chosen}")
         return self
 
 
@@ -233,7 +248,7 @@ class EmbeddingBagConfig(_Section):
     data_type: DataType
     feature_names: Annotated[list[_FeatureName], Field(min_length=1)] | None = None
     pooling: Pooling = Pooling.SUM
-    weighted: bool = False
+    weighted: StrictBool = False
     serving_precision: _BuiltPrecision | None = None
 
     @property
@@ -244,7 +259,7 @@ class EmbeddingBagConfig(_Section):
     @model_validator(mode="after")
     def _mean_is_unweighted(self) -> Self:
         if self.weighted and self.pooling is not Pooling.SUM:
-            raise PydanticCustomError("weighted", "per-sample weights need pooling: sum, as in torch.nn.EmbeddingBag")
+            raise PydanticCustomError(_OURS, "per-sample weights need pooling: sum, as in torch.nn.EmbeddingBag")
         return self
 
 
@@ -258,14 +273,15 @@ class LargeEmbeddingsConfig(_Section):
     def _names_are_unique(self) -> Self:
         tables: set[str] = set()
         owners: dict[str, str] = {}
-        for table in self.tables:
+        for number, table in enumerate(self.tables):
             if table.name in tables:
-                raise PydanticCustomError("duplicate", f"duplicate table name '{table.name}'")
+                raise _error_at(f"duplicate table name '{table.name}'", "tables", number, "name")
             tables.add(table.name)
             for feature in table.features:
                 if feature in owners:
-                    where = f"tables '{owners[feature]}' and '{table.name}'"
-                    raise PydanticCustomError("duplicate", f"duplicate feature name '{feature}' in {where}")
+                    first = owners[feature]
+                    where = f"table '{first}'" if first == table.name else f"tables '{first}' and '{table.name}'"
+                    raise _error_at(f"duplicate feature name '{feature}' in {where}", "tables", number, "feature_names")
                 owners[feature] = table.name
         return self
 
@@ -304,7 +320,7 @@ class Budget(_Section):
     max_absolute_error: _Ratio | None = None
     mean_absolute_error: _Ratio | None = None
     max_relative_l2: _Ratio | None = None
-    min_cosine: Annotated[float, Field(ge=-1.0, le=1.0)] | None = None
+    min_cosine: Annotated[_Float, Field(ge=-1.0, le=1.0)] | None = None
 
 
 DEFAULT_BUDGETS: Mapping[Precision, Budget] = {
@@ -335,22 +351,22 @@ class ReleaseConfig(_Section):
     mode: Mode = Mode.INFERENCE
     snapshot: SnapshotConfig
     serving: ServingConfig = ServingConfig()
-    surgery: None = None
+    surgery: Annotated[Any, AfterValidator(_refuse_surgery)] = None
     parity: ParityConfig = ParityConfig()
 
     @model_validator(mode="after")
     def _is_a_release(self) -> Self:
         if self.mode is not Mode.INFERENCE:
-            raise PydanticCustomError("mode", f"a release is built in mode 'inference', got '{self.mode}'")
-        for table in self.large_embeddings.tables:
+            raise _error_at(f"a release is built in mode 'inference', got '{self.mode}'", "mode")
+        names = [table.name for table in self.large_embeddings.tables]
+        for number, table in enumerate(self.large_embeddings.tables):
             if table.vocab is not None:
                 message = f"table '{table.name}': this version does not build vocabularies; remove the key 'vocab'"
-                raise PydanticCustomError("not_built", message)
-        names = [table.name for table in self.large_embeddings.tables]
+                raise _error_at(message, "large_embeddings", "tables", number, "vocab")
         for name in self.parity.table_budgets:
             if name not in names:
                 message = f"parity.table_budgets names '{name}', which is no table; tables: {', '.join(names)}"
-                raise PydanticCustomError("unknown_table", message)
+                raise _error_at(message, "parity", "table_budgets", name)
         return self
 
     def serving_precision(self, table: EmbeddingBagConfig) -> Precision:
@@ -378,21 +394,25 @@ def load_config(path: str | Path) -> ReleaseConfig:
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = str(error.problem or error.context).splitlines()[0]
+        problem = ", ".join(str(part).splitlines()[0] for part in (error.context, error.problem) if part)
         raise ConfigError(f"{where}: not valid YAML: {problem}") from error
     except YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: is nested too deeply") from error
     if not isinstance(document, Mapping):
         raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(ReleaseConfig.model_fields)}")
     try:
         config = ReleaseConfig.model_validate(_plain(document))
     except ValidationError as error:
         raise ConfigError("\n".join(_describe(path, document, error))) from error
-    return _with_absolute_paths(config, path.absolute().parent)
+    return _with_absolute_paths(config, path)
 
 
 def _plain(node: Any) -> Any:
     """YAML nodes without the round-trip types, which pydantic's strict integers do not know."""
+    if isinstance(node, TaggedScalar) and str(node.tag) == "tag:yaml.org,2002:str":
+        return str(node.value)
     if isinstance(node, Mapping):
         return {str(key): _plain(value) for key, value in node.items()}
     if isinstance(node, list):
@@ -405,20 +425,32 @@ def _plain(node: Any) -> Any:
 
 def _describe(path: Path, document: Any, error: ValidationError) -> Iterator[str]:
     for problem in error.errors(include_url=False):
-        location = [part for part in problem["loc"] if not str(part).startswith("function-")]
-        if problem["type"] == "unknown_key":
-            location.append(problem["ctx"]["key"])
+        location = [part for part in problem["loc"] if part != "[key]"]
         message = problem["msg"]
-        if problem["type"] not in _CUSTOM and not isinstance(problem["input"], Mapping | Sequence):
+        if problem["type"] == _OURS:
+            location += problem.get("ctx", {}).get("at", ())
+        elif problem["type"] == "extra_forbidden":
+            message = f"unknown key; {_nearest_key(location)}"
+        elif not isinstance(problem["input"], Mapping | list):
             message += f", got {problem['input']!r}"
         key = ""
         for part in location:
             key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else str(part)
-        line = _line(document, location)
-        yield f"{path}:{line}: {key}: {message}" if key else f"{path}: {message}"
+        yield f"{path}:{_line(document, location)}: {key}: {message}" if key else f"{path}: {message}"
 
 
-_CUSTOM = {"unknown_key", "not_built", "name", "duplicate", "mode", "unknown_table", "optimizer", "weighted"}
+def _nearest_key(location: Sequence[int | str]) -> str:
+    """A hint for an unknown key, the last part of `location`."""
+    section: Any = ReleaseConfig
+    for part in location[:-1]:
+        if isinstance(part, str) and part in getattr(section, "model_fields", {}):
+            section = section.model_fields[part].annotation
+        while not hasattr(section, "model_fields") and get_args(section):
+            # Optional, Annotated, list and dict: the section is the last of their arguments that is not None.
+            section = [argument for argument in get_args(section) if argument is not type(None)][-1]
+    known = getattr(section, "model_fields", {})
+    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.6)
+    return f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
 
 
 def _line(document: Any, location: Sequence[int | str]) -> int:
@@ -435,20 +467,24 @@ def _line(document: Any, location: Sequence[int | str]) -> int:
     return line
 
 
-def _with_absolute_paths(config: ReleaseConfig, folder: Path) -> ReleaseConfig:
-    def absolute(uri: str) -> str:
-        return uri if "://" in uri else str((folder / Path(uri).expanduser()).resolve())
+def _with_absolute_paths(config: ReleaseConfig, path: Path) -> ReleaseConfig:
+    def absolute(uri: str, key: str) -> str:
+        try:
+            return uri if "://" in uri else str((path.absolute().parent / Path(uri).expanduser()).resolve())
+        except (RuntimeError, ValueError) as error:  # no such user, or a NUL
+            raise ConfigError(f"{path}: {key}: {uri!r} is no path: {error}") from error
 
     tables = []
-    for table in config.large_embeddings.tables:
+    for number, table in enumerate(config.large_embeddings.tables):
         if table.pretrained is not None:
-            uri = absolute(table.pretrained.embedding_snapshot_uri)
+            key = f"large_embeddings.tables[{number}].pretrained.embedding_snapshot_uri"
+            uri = absolute(table.pretrained.embedding_snapshot_uri, key)
             pretrained = table.pretrained.model_copy(update={"embedding_snapshot_uri": uri})
             table = table.model_copy(update={"pretrained": pretrained})
         tables.append(table)
     return config.model_copy(
         update={
             "large_embeddings": config.large_embeddings.model_copy(update={"tables": tables}),
-            "snapshot": config.snapshot.model_copy(update={"uri": absolute(config.snapshot.uri)}),
+            "snapshot": config.snapshot.model_copy(update={"uri": absolute(config.snapshot.uri, "snapshot.uri")}),
         }
     )

@@ -81,10 +81,10 @@ class _PlainOpLookup(torch.nn.Module):
         counts = by_feature.sum(1)
         # Raises where the counts do not add up to N, so that nothing below reads past the ids.
         limits = torch.repeat_interleave(self.num_embeddings, counts, output_size=values.size(0))
-        indices = torch.where((values < 0) | (values >= limits), -1, values)
+        indices = values.masked_fill((values < 0) | (values >= limits), -1)
         if weights is not None and not self.all_weighted:
             weighted = torch.repeat_interleave(self.is_weighted, counts, output_size=values.size(0))
-            weights = torch.where(weighted, weights, 1.0)
+            weights = weights.masked_fill(~weighted, 1.0)
         pooled: torch.Tensor = torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function(
             self.weights,
             self.weights,
@@ -112,8 +112,9 @@ class _PlainOpLookup(torch.nn.Module):
         )
         if self.any_mean:
             # FBGEMM's mean is this very product: the sum times the float32 reciprocal of the length.
-            used = torch.logical_and(self.is_mean, by_feature > 0)
-            scales = torch.where(used, by_feature.to(torch.float32).reciprocal(), 1.0)
+            unused = torch.logical_or(~self.is_mean, by_feature == 0)
+            # masked_fill, as everywhere here: `where` with a number would follow the process's default dtype.
+            scales = by_feature.to(torch.float32).reciprocal().masked_fill(unused, 1.0)
             pooled = pooled * scales.t().index_select(1, self.column_features)
         return pooled
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from export.errors import PublishError
@@ -33,7 +33,8 @@ def staged(target: Path) -> Iterator[Path]:
     made: list[Path] = []
     staging: Path | None = None
     try:
-        made = _make_parents(target.parent)
+        made = [folder for folder in target.parents if not os.path.exists(folder)]  # innermost first
+        target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target.parent, prefix)
         staging = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
         staging.chmod(0o755)
@@ -47,7 +48,7 @@ def staged(target: Path) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
         if fd >= 0:
             os.close(fd)
-        if not target.exists():
+        if not os.path.lexists(target):
             _remove_empty(made)
 
 
@@ -87,19 +88,10 @@ def _existing(target: Path) -> PublishError:
     return PublishError(f"{target}: exists already; an artifact is never changed, choose another --output")
 
 
-def _make_parents(folder: Path) -> list[Path]:
-    """Creates `folder`; returns what it had to create, innermost first."""
-    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing
-
-
 def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
-        try:
+        with suppress(OSError):  # it was never made, or somebody else uses it meanwhile
             folder.rmdir()
-        except OSError:
-            return  # somebody else uses it meanwhile
 
 
 def _remove_abandoned(folder: Path, prefix: str) -> None:
@@ -128,6 +120,6 @@ def _fsync(path: Path) -> None:
 def _describe(error: OSError, target: Path) -> PublishError:
     where = error.filename or target.parent
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(target.parent).free if target.parent.exists() else 0
+        free = shutil.disk_usage(target.parent).free
         return PublishError(f"{where}: the disk is full ({free:,} bytes free); free some space and build again")
     return PublishError(f"{where}: cannot be written: {error.strerror or error}")

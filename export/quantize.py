@@ -58,8 +58,8 @@ def describe_unstorable(table: str, chunks: Iterable[tuple[int, torch.Tensor]], 
         if not found.first and bool(bad.any()):
             row, column = bad.nonzero()[0].tolist()
             found.first = f"row {start + row}, column {column} is {rows[row, column].item()!r}"
-    counts = ", ".join(f"{count} {kind}" for kind, count in found.counts.items() if count)
-    return RowsError(
-        f"table '{table}': cannot be stored as {precision}: {found.first}; in all: {counts}; "
-        "mend the training or choose a wider serving_precision"
-    )
+    counts = {kind: count for kind, count in found.counts.items() if count}
+    finite = counts.keys().isdisjoint(("NaN", "infinite"))
+    advice = "choose a wider serving_precision or mend the training" if finite else "mend the training"
+    listed = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    return RowsError(f"table '{table}': cannot be stored as {precision}: {found.first}; in all: {listed}; {advice}")

@@ -103,9 +103,11 @@ class Artifact:
     def warm_up(self) -> None:
         """Runs the graph until TorchScript has specialised it: the first two calls take some 50 ms."""
         count = len(self.manifest.features)
-        weights = torch.ones(count) if self.manifest.weighted else None
+        values = torch.zeros(count, dtype=torch.int64, device="cpu")  # whatever the process's default device
+        lengths = torch.ones(count, dtype=torch.int32, device="cpu")
+        weights = torch.ones(count, dtype=torch.float32, device="cpu") if self.manifest.weighted else None
         for _ in range(3):
-            self._run(Request(torch.zeros(count, dtype=torch.int64), torch.ones(count, dtype=torch.int32), weights))
+            self._run(Request(values, lengths, weights))
 
 
 def load_artifact(

@@ -42,7 +42,7 @@ class RequestReader:
         self._known = frozenset(self.features)
         self._weighted = {feature.name for feature in manifest.features if feature.weighted}
         self._num_embeddings = [manifest.table[feature.table].num_embeddings for feature in manifest.features]
-        self._limits = torch.tensor(self._num_embeddings)
+        self._limits = torch.tensor(self._num_embeddings, device="cpu")
 
     # --- Reading ----------------------------------------------------------------------------------------------------
 
@@ -79,7 +79,9 @@ class RequestReader:
             # A feature without weights takes part with 1.0, which the graph does not read.
             weights = torch.cat(
                 [
-                    torch.ones(len(jagged.values)) if jagged.per_sample_weights is None else jagged.per_sample_weights
+                    torch.ones(len(jagged.values), dtype=torch.float32, device="cpu")
+                    if jagged.per_sample_weights is None
+                    else jagged.per_sample_weights
                     for jagged in bags
                 ]
             )
@@ -108,16 +110,10 @@ class RequestReader:
             values, lengths, weights = bags.values(), bags.lengths(), bags.weights_or_none()
         else:
             values, lengths, weights = *self._flatten(name, bags), None
-        values = _integers(f"feature '{name}': values", values, torch.int64)
-        lengths = _integers(f"feature '{name}': lengths", lengths, torch.int32)
-        if len(lengths) and int(lengths.min()) < 0:
-            bag = int((lengths < 0).nonzero()[0])
-            raise InvalidInputError(
-                f"feature '{name}': length of bag {bag} is {int(lengths[bag])}; a length is 0 or more"
-            )
-        total = int(lengths.sum())
-        if total != len(values):
-            raise InvalidInputError(f"feature '{name}': lengths add up to {total}, and there are {len(values)} values")
+        values = _integers(f"feature '{name}': values", values).to(torch.int64)
+        lengths = _integers(f"feature '{name}': lengths", lengths)
+        _check_lengths([name], lengths.view(1, -1), len(values))
+        lengths = lengths.to(torch.int32)
         if (weights is not None) != (name in self._weighted):
             takes = "takes per-sample weights: give Jagged(values, lengths, per_sample_weights)"
             raise InvalidInputError(f"feature '{name}' {takes if weights is None else 'takes no per-sample weights'}")
@@ -126,35 +122,18 @@ class RequestReader:
         return Jagged(values, lengths, weights)
 
     def _flatten(self, name: str, bags: Any) -> tuple[np.ndarray, np.ndarray]:
-        if isinstance(bags, str | bytes) or not hasattr(bags, "__len__"):
+        if not _is_sequence(bags):
             raise InvalidInputError(f"feature '{name}': expected a sequence of bags, got {bags!r:.80}")
         arrays = []
         for position, bag in enumerate(bags):
-            if isinstance(bag, str | bytes) or not hasattr(bag, "__len__"):
+            if not _is_sequence(bag) and not isinstance(bag, torch.Tensor):
                 raise InvalidInputError(
                     f"feature '{name}', bag {position}: expected a sequence of ids, got {bag!r:.80}; "
                     "a batch is a list of bags, such as [[3, 5], []]"
                 )
-            arrays.append(self._bag(name, position, bag))
+            arrays.append(_ids(f"feature '{name}', bag {position}", bag))
         values = np.concatenate([np.empty(0, np.int64), *arrays])
         return values, np.array([len(array) for array in arrays], np.int32)
-
-    def _bag(self, name: str, position: int, bag: Any) -> np.ndarray:
-        where = f"feature '{name}', bag {position}"
-        try:
-            array = np.asarray(bag)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise InvalidInputError(f"{where}: expected ids, got {bag!r:.80}") from error
-        if array.ndim != 1:
-            raise InvalidInputError(f"{where}: expected a flat sequence of ids, got shape {list(array.shape)}")
-        if array.size == 0:
-            return np.empty(0, np.int64)
-        if array.dtype.kind not in "iu" or array.dtype == np.uint64:
-            wrong = next(
-                (item for item in bag if not isinstance(item, int | np.integer) or isinstance(item, bool)), bag
-            )
-            raise InvalidInputError(f"{where}: an id is a 64-bit integer, got {wrong!r:.80} ({array.dtype})")
-        return array.astype(np.int64)
 
     def _read_keyed_jagged(self, features: Any) -> Request:
         keys = list(features.keys())
@@ -173,11 +152,7 @@ class RequestReader:
             raise InvalidInputError(f"KeyedJaggedTensor: {lengths.numel()} lengths for {len(keys)} keys")
         order = [keys.index(name) for name in self.features]
         by_key = lengths.view(len(keys), -1)
-        counts = by_key.sum(1).tolist()
-        if min(counts) < 0 or sum(counts) != values.numel():
-            raise InvalidInputError(
-                f"KeyedJaggedTensor: lengths add up to {counts}, and there are {values.numel()} values"
-            )
+        counts = _check_lengths(keys, by_key, values.numel()).tolist()
         pieces = values.split(counts)
         weight_pieces = None if weights is None else weights.split(counts)
         return Request(
@@ -198,8 +173,8 @@ class RequestReader:
         Raises:
             InvalidInputError: naming feature, position, value and what is allowed.
         """
-        values = _integers("values", request.values, torch.int64)
-        lengths = _integers("lengths", request.lengths, torch.int32)
+        values = _integers("values", request.values).to(torch.int64)
+        lengths = _integers("lengths", request.lengths)
         weights = request.per_sample_weights
         if (weights is not None) != bool(self._weighted):
             takes = f"features {sorted(self._weighted)} take" if self._weighted else "this artifact takes no"
@@ -213,24 +188,13 @@ class RequestReader:
                 f"lengths: {lengths.numel()} do not divide into {len(self.features)} features ({', '.join(self.features)})"
             )
         by_feature = lengths.view(len(self.features), -1)
-        if lengths.numel() and int(lengths.min()) < 0:
-            feature, bag = (by_feature < 0).nonzero()[0].tolist()
-            got = int(by_feature[feature, bag])
-            raise InvalidInputError(
-                f"feature '{self.features[feature]}': length of bag {bag} is {got}; a length is 0 or more"
-            )
-        counts = by_feature.sum(1)
-        if int(counts.sum()) != values.numel():
-            by_name = ", ".join(f"{name} {count}" for name, count in zip(self.features, counts.tolist(), strict=True))
-            raise InvalidInputError(
-                f"lengths add up to {int(counts.sum())} ({by_name}), and there are {values.numel()} values"
-            )
+        counts = _check_lengths(self.features, by_feature, values.numel())
         if ids:
             limits = torch.repeat_interleave(self._limits, counts, output_size=values.numel())
             bad = (values < 0) | (values >= limits)
             if bool(bad.any()):
                 raise InvalidInputError("; ".join(self._describe_ids(values, by_feature, bad)))
-        return Request(values, lengths, weights)
+        return Request(values, lengths.to(torch.int32), weights)
 
     def _describe_ids(self, values: torch.Tensor, by_feature: torch.Tensor, bad: torch.Tensor) -> Iterator[str]:
         """One part for each feature that has ids outside its table: the first of them, and how many."""
@@ -250,34 +214,95 @@ class RequestReader:
             start += count
 
 
-def _integers(what: str, data: Any, dtype: torch.dtype) -> torch.Tensor:
-    """`data` as a 1-D CPU tensor of `dtype`; the same tensor where it already is one."""
-    tensor = _tensor(what, data)
-    if tensor.dtype not in (torch.int64, torch.int32) and tensor.numel():
-        raise InvalidInputError(f"{what}: expected int64 or int32, got {str(tensor.dtype).removeprefix('torch.')}")
-    if dtype is torch.int32 and tensor.dtype is torch.int64 and tensor.numel() and int(tensor.abs().max()) >= 2**31:
-        raise InvalidInputError(f"{what}: {int(tensor.abs().max())} does not fit int32")
-    return tensor.to(dtype)
+def _check_lengths(features: Sequence[str], lengths: torch.Tensor, count: int) -> torch.Tensor:
+    """The number of ids of each feature, int64 [F], from `lengths` [F, B] of bags that hold `count` ids in all."""
+    if lengths.numel():
+        low, high = (int(bound) for bound in torch.aminmax(lengths))
+        if low < 0:
+            feature, bag = (lengths < 0).nonzero()[0].tolist()
+            got = int(lengths[feature, bag])
+            raise InvalidInputError(
+                f"feature '{features[feature]}': length of bag {bag} is {got}; a length is 0 or more"
+            )
+        if high >= 2**31:
+            feature = int((lengths == high).nonzero()[0, 0])
+            raise InvalidInputError(f"feature '{features[feature]}': lengths: {high} does not fit int32")
+    counts = lengths.sum(1)
+    total = int(counts.sum())
+    if total != count:
+        if len(features) == 1:
+            raise InvalidInputError(f"feature '{features[0]}': lengths add up to {total}, and there are {count} values")
+        by_name = ", ".join(f"{name} {number}" for name, number in zip(features, counts.tolist(), strict=True))
+        raise InvalidInputError(f"lengths add up to {total} ({by_name}), and there are {count} values")
+    return counts
+
+
+def _is_sequence(data: Any) -> bool:
+    if isinstance(data, str | bytes):
+        return False
+    try:
+        len(data)
+    except TypeError:  # no length at all, or an array or a tensor of no dimension
+        return False
+    return True
+
+
+def _ids(where: str, bag: Any) -> np.ndarray:
+    """One bag as int64 [L]."""
+    try:
+        array = np.asarray(bag.detach() if isinstance(bag, torch.Tensor) else bag)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidInputError(f"{where}: expected ids, got {bag!r:.80}") from error
+    if array.ndim != 1:
+        raise InvalidInputError(f"{where}: expected a flat sequence of ids, got shape {list(array.shape)}")
+    if array.size == 0:
+        return np.empty(0, np.int64)
+    if (
+        array.dtype.kind not in "iu"
+        or array.dtype == np.uint64
+        or (isinstance(bag, list | tuple) and bool in map(type, bag))
+    ):
+        wrong = next((item for item in bag if not isinstance(item, int | np.integer) or isinstance(item, bool)), bag)
+        raise InvalidInputError(f"{where}: an id is a 64-bit integer, got {wrong!r:.80} ({array.dtype})")
+    return array.astype(np.int64)
+
+
+def _integers(what: str, data: Any) -> torch.Tensor:
+    """`data` as a 1-D CPU tensor of int64 or int32; the same tensor where it already is one."""
+    tensor = _tensor(what, data, "int64 or int32")
+    if tensor.dtype not in (torch.int64, torch.int32):
+        if tensor.numel():
+            raise InvalidInputError(f"{what}: expected int64 or int32, got {_name(tensor.dtype)}")
+        return tensor.to(torch.int64)
+    return tensor
 
 
 def _floats(what: str, data: Any, count: int) -> torch.Tensor:
-    tensor = _tensor(what, data)
+    tensor = _tensor(what, data, "float32")
     if not tensor.dtype.is_floating_point and tensor.numel():
-        raise InvalidInputError(f"{what}: expected float32, got {str(tensor.dtype).removeprefix('torch.')}")
+        raise InvalidInputError(f"{what}: expected float32, got {_name(tensor.dtype)}")
     if tensor.numel() != count:
         raise InvalidInputError(f"{what}: {tensor.numel()} weights for {count} values")
     return tensor.to(torch.float32)
 
 
-def _tensor(what: str, data: Any) -> torch.Tensor:
+def _tensor(what: str, data: Any, expected: str) -> torch.Tensor:
     if not isinstance(data, torch.Tensor):
         try:
-            data = torch.from_numpy(np.array(data))
+            array = np.array(data)
         except (TypeError, ValueError, OverflowError) as error:
-            raise InvalidInputError(f"{what}: expected numbers, got {data!r:.80}") from error
+            raise InvalidInputError(f"{what}: expected {expected}, got {data!r:.80}") from error
+        if array.dtype.kind not in "biuf" or array.dtype == np.uint64:
+            got = array.dtype if array.dtype.kind in "cu" else f"{data!r:.80}"
+            raise InvalidInputError(f"{what}: expected {expected}, got {got}")
+        data = torch.from_numpy(array)
     if data.dim() != 1:
         raise InvalidInputError(f"{what}: expected one dimension, got shape {list(data.shape)}")
     if data.device.type != "cpu":
         raise InvalidInputError(f"{what}: expected a tensor on the CPU, got one on {data.device}")
     tensor: torch.Tensor = data.detach()
     return tensor
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

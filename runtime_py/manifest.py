@@ -7,7 +7,9 @@ field, a missing one, a wrong type, a path that leaves the artifact, and figures
 import dataclasses
 import hashlib
 import json
+import math
 import re
+import stat
 import types
 from collections import Counter
 from dataclasses import dataclass
@@ -214,9 +216,12 @@ def read_manifest(artifact: Path) -> Manifest:
         ManifestError: no manifest (so no artifact), or one of the kinds of `parse_manifest`.
     """
     path = artifact / MANIFEST
-    if path.is_symlink():
-        raise ManifestError(f"{path}: is a symbolic link; an artifact holds none")
     try:
+        mode = path.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            raise ManifestError(f"{path}: is a symbolic link; an artifact holds none")
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # to read a pipe is to wait for its writer
+            raise ManifestError(f"{path}: is no regular file")
         data = path.read_bytes()
     except OSError as error:
         raise ManifestError(
@@ -238,8 +243,14 @@ def parse_manifest(data: bytes) -> Manifest:
             or fields that contradict one another.
     """
     try:
-        document = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        document = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_refuse_constant,
+            parse_float=_parse_float,
+        )
+        json.dumps(document, ensure_ascii=False).encode()  # half of a surrogate pair is legal JSON, and no text
+    except (ValueError, RecursionError) as error:
         raise ManifestError(f"is damaged: not UTF-8 JSON: {error}") from error
     if not isinstance(document, dict):
         raise ManifestError(f"is damaged: expected an object, got {type(document).__name__}")
@@ -261,6 +272,13 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> Json:
 
 def _refuse_constant(name: str) -> None:
     raise ManifestError(f"is damaged: {name} is no JSON number")
+
+
+def _parse_float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ManifestError(f"is damaged: {text} is beyond float64")
+    return value
 
 
 def _decode(hint: Any, value: Any, where: str) -> Any:
@@ -338,8 +356,9 @@ def _check_consistency(manifest: Manifest) -> None:
     for feature in manifest.features:
         if feature.table not in manifest.table:
             raise ManifestError(f"feature '{feature.name}': table '{feature.table}' is not in the manifest")
-    if not manifest.graphs:
-        raise ManifestError("graphs: an artifact has at least one")
+    for name in ("tables", "features", "graphs"):
+        if not getattr(manifest, name):
+            raise ManifestError(f"{name}: an artifact has at least one")
     for graph in manifest.graphs:
         if graph.path not in manifest.file or graph.path == WEIGHTS:
             raise ManifestError(f"graph '{graph.backend}': '{graph.path}' is not among the files")

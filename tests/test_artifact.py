@@ -426,22 +426,25 @@ def test_torch_numpy_and_the_kernels_are_all_that_serving_needs_and_the_first_ca
     program = """
 import importlib.util, json, sys, time
 assert not any(map(importlib.util.find_spec, ["torchrec", "pydantic", "typer", "safetensors", "export"]))
+import torch
 from runtime_py import load_artifact
+torch.set_num_threads(1)
 artifact = load_artifact(sys.argv[1])
 request = json.loads(sys.argv[2])
 seconds = []
 for _ in range(5):
-    start = time.process_time()
+    start = time.thread_time()
     values = artifact(request).values
-    seconds.append(time.process_time() - start)
+    seconds.append(time.thread_time() - start)
 print(json.dumps({"values": values.tolist(), "seconds": seconds}))
 """
     result = serve(program, built_artifact, json.dumps(BATCH), packages="fbgemm_gpu")
     assert result.returncode == 0, result.stderr
     output = json.loads(result.stdout)
     assert torch.equal(torch.tensor(output["values"]), artifact(BATCH).values)
-    # Time of this process's own cores, since the machine is shared. Without a warm-up the first call takes 30 ms.
-    assert output["seconds"][0] < 0.01, output["seconds"]
+    # Time on a core, since the machine is shared. Without a warm-up the first call takes 30 ms, later ones 0.1.
+    first, *later = output["seconds"]
+    assert first < 0.005 + 10 * sorted(later)[len(later) // 2], output["seconds"]
 
 
 def test_without_fbgemm_the_error_says_what_to_install(

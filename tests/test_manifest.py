@@ -69,11 +69,13 @@ def identify(document: Document) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def refusal(data: bytes) -> ManifestError:
+def refusal(data: bytes, what: str = "this manifest") -> ManifestError:
     """The error that `parse_manifest` raises, of whatever kind of `ManifestError`."""
-    with pytest.raises(ManifestError) as caught:
+    try:
         parse_manifest(data)
-    return caught.value
+    except ManifestError as error:
+        return error
+    pytest.fail(f"{what} was not refused")
 
 
 @pytest.fixture(scope="module")
@@ -193,29 +195,27 @@ def test_the_version_is_judged_before_fields_that_another_version_may_have(docum
 # --- Fields and types, at every level --------------------------------------------------------------------------------
 
 
-def test_an_unknown_field_is_refused_at_every_level(document: Document, subtests: pytest.Subtests) -> None:
+def test_an_unknown_field_is_refused_at_every_level(document: Document) -> None:
     for path, value in walk(document):
         if not isinstance(value, dict) or path in [*OPEN, *MAPS]:
             continue
         edited = copy.deepcopy(document)
         at(edited, path)["surprise"] = 1
         name = spell((*path, "surprise"))
-        with subtests.test(field=name):
-            error = refusal(seal(edited))
-            assert type(error) is UnknownFieldError
-            assert str(error) == f"unknown field '{name}'; format version 1 does not define it"
+        error = refusal(seal(edited), name)
+        assert type(error) is UnknownFieldError
+        assert str(error) == f"unknown field '{name}'; format version 1 does not define it"
 
 
-def test_a_missing_field_is_refused_at_every_level(document: Document, subtests: pytest.Subtests) -> None:
+def test_a_missing_field_is_refused_at_every_level(document: Document) -> None:
     for path, _ in walk(document):
         if not path or isinstance(path[-1], int) or path[:-1] in MAPS or path == ("format_version",):
             continue
         edited = copy.deepcopy(document)
         del at(edited, path[:-1])[path[-1]]
-        with subtests.test(field=spell(path)):
-            error = refusal(seal(edited))
-            assert type(error) is ManifestError
-            assert str(error) == f"field '{spell(path)}' is missing"
+        error = refusal(seal(edited), f"a manifest without {spell(path)}")
+        assert type(error) is ManifestError
+        assert str(error) == f"field '{spell(path)}' is missing"
 
 
 WRONG: Mapping[type, list[object]] = {
@@ -227,24 +227,22 @@ WRONG: Mapping[type, list[object]] = {
 }
 
 
-def test_a_wrong_type_is_refused_at_every_level(document: Document, subtests: pytest.Subtests) -> None:
+def test_a_wrong_type_is_refused_at_every_level(document: Document) -> None:
     for path, value in walk(document):
         if not path or path == ("format_version",):
             continue
-        # A step may be null, and here it is: its type is an integer.
         kind = int if path[-1] == "step" else type(value)
         for wrong in WRONG[kind]:
             if path[-1] == "step" and wrong is None:
-                continue
+                continue  # a step may be null
             edited = copy.deepcopy(document)
             at(edited, path[:-1])[path[-1]] = wrong
-            with subtests.test(field=spell(path), wrong=wrong):
-                error = refusal(seal(edited))
-                assert type(error) is ManifestError
-                literal = path[-1] in ("serving_precision", "pooling", "backend", "target")
-                expected = "one of " if literal else kind.__name__
-                assert str(error).startswith(f"{spell(path)}: expected {expected}")
-                assert str(error).endswith(f"got {wrong!r}")
+            error = refusal(seal(edited), f"{spell(path)} = {wrong!r}")
+            assert type(error) is ManifestError
+            literal = path[-1] in ("serving_precision", "pooling", "backend", "target")
+            expected = "one of " if literal else kind.__name__
+            assert str(error).startswith(f"{spell(path)}: expected {expected}")
+            assert str(error).endswith(f"got {wrong!r}")
 
 
 def test_a_step_may_be_a_number_or_null(document: Document) -> None:
@@ -311,7 +309,7 @@ def test_an_integer_of_absurd_length_is_refused(original: bytes) -> None:
 
 def test_a_manifest_digest_that_is_no_unicode_is_refused(document: Document) -> None:
     document["manifest_digest"]["value"] = "\ud800"
-    assert "manifest_digest" in str(refusal(json.dumps(document).encode()))
+    assert "is damaged" in str(refusal(json.dumps(document).encode()))
 
 
 def test_a_name_that_is_no_unicode_is_refused(original: bytes) -> None:

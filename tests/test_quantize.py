@@ -153,7 +153,7 @@ def test_rows_of_any_width_are_rounded_alike(columns: int) -> None:
 
 # --- describe_unstorable -------------------------------------------------------------------------------------------
 
-NEXT = "mend the training or choose a wider serving_precision"
+NEXT = "mend the training"
 
 
 def describe(rows: torch.Tensor, precision: Precision, chunk: int = 2) -> str:

@@ -19,7 +19,7 @@ from runtime_py.digests import sha256
 TABLE = torch.arange(24.0).reshape(6, 4)
 USER = EmbeddingBagConfig.model_validate({"name": "user", "num_embeddings": 6, "embedding_dim": 4, "data_type": "fp32"})
 STORED = "embedding_bags.user.weight"
-KNOWN_FORMATS = "is no snapshot of a known format (dcp, safetensors, state_dict)"
+KNOWN_FORMATS = "is no snapshot of a known format (DCP folder, safetensors, torch.save in its zip form)"
 
 
 def write_pt(path: Path, rows: dict[str, torch.Tensor]) -> Path:
@@ -118,6 +118,11 @@ def test_a_file_of_no_known_format_is_refused(tmp_path: Path, content: bytes) ->
     path = tmp_path / "model.pt"
     path.write_bytes(content)
     assert refusal(path) == f"{path}: {KNOWN_FORMATS}"
+
+
+def test_a_torchsnapshot_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / ".snapshot_metadata").write_text('{"version": "0.1.0", "world_size": 1, "manifest": {}}')
+    assert refusal(tmp_path) == f"{tmp_path}: is a torchsnapshot, which this version does not read; save it with DCP"
 
 
 def test_a_torch_save_file_in_its_old_form_is_refused_with_what_to_do(tmp_path: Path) -> None:

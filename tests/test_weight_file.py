@@ -132,7 +132,7 @@ def test_chunks_land_in_their_places_and_digests_in_order_whoever_writes_them(
 
 
 def test_the_first_of_several_bad_values_is_named_whoever_finds_one(many_chunks: tuple[torch.Tensor, Path]) -> None:
-    table, folder = many_chunks
+    table, folder = many_chunks[0].clone(), many_chunks[1]
     table[64 * 2048, 1] = table[64 * 2048 - 1, 255] = float(
         "nan"
     )  # the first row of the second lot, the last before it

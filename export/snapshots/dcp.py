@@ -6,6 +6,7 @@ others. Each shard in a `.distcp` file is a whole torch.save file, whose values 
 
 import io
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from export.errors import SnapshotError
 from export.snapshots.rows import Blob, StoredTensor
-from export.snapshots.torch_files import FileSlice, check_contiguous, load_layout, values_offset
+from export.snapshots.torch_files import FileSlice, TorchFile
 from runtime_py.digests import sha256
 
 __all__ = ["METADATA", "DcpIndex"]
@@ -47,6 +48,15 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is not part of the format")
 
 
+@dataclass(frozen=True)
+class _Shard:
+    """A part of a tensor: where it belongs, and which bytes of which file hold it (None: of none)."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    place: tuple[str, int, int] | None
+
+
 class DcpIndex:
     """The tensors of one DCP folder."""
 
@@ -59,15 +69,7 @@ class DcpIndex:
             SnapshotError: it is damaged, or names what is not part of the format.
         """
         self._path = path
-        self._metadata = self._read_metadata()
-        self.tensors = {
-            name: StoredTensor(name, tuple(entry.size), entry.properties.dtype)
-            for name, entry in self._metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-
-    def _read_metadata(self) -> Metadata:
-        file = self._path / METADATA
+        file = path / METADATA
         try:
             data = file.read_bytes()
         except OSError as error:
@@ -75,51 +77,54 @@ class DcpIndex:
                 f"{file}: cannot be read: {error.strerror}; the snapshot was never completed"
             ) from error
         self.digest = sha256(data)
+        self.tensors: dict[str, StoredTensor] = {}
+        self._shards: dict[str, list[_Shard]] = {}
         try:
-            metadata = _MetadataUnpickler(io.BytesIO(data)).load()
+            self._read_metadata(_MetadataUnpickler(io.BytesIO(data)).load())
+        except SnapshotError:
+            raise
         # Damaged pickles raise nearly anything; whatever it is, the file is not the metadata of a checkpoint.
         except Exception as error:
             raise SnapshotError(f"{file}: is damaged: {str(error) or type(error).__name__}") from error
+
+    def _read_metadata(self, metadata: Any) -> None:
         if not isinstance(metadata, Metadata):
-            raise SnapshotError(f"{file}: is damaged: expected Metadata, got {type(metadata).__name__}")
-        return metadata
+            raise SnapshotError(
+                f"{self._path / METADATA}: is damaged: expected Metadata, got {type(metadata).__name__}"
+            )
+        places: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]] = {}
+        for index, info in (metadata.storage_data or {}).items():
+            if getattr(info, "transform_descriptors", None):
+                name, how = index.fqn, info.transform_descriptors
+                raise SnapshotError(f"{self._path}: '{name}' was written through {how}; save it plainly")
+            places[index.fqn, tuple(index.offset or ())] = (str(info.relative_path), int(info.offset), int(info.length))
+        for name, entry in metadata.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                self.tensors[name] = StoredTensor(name, tuple(entry.size), entry.properties.dtype)
+                self._shards[name] = [
+                    _Shard(tuple(chunk.offsets), tuple(chunk.sizes), places.get((name, tuple(chunk.offsets))))
+                    for chunk in entry.chunks
+                ]
 
     def locate(self, name: str) -> list[Blob]:
-        """The blobs of a tensor: one for each shard."""
-        entry = self._metadata.state_dict_metadata[name]
-        places = {
-            tuple(index.offset or ()): info
-            for index, info in (self._metadata.storage_data or {}).items()
-            if index.fqn == name
-        }
-        blobs = []
-        for chunk in getattr(entry, "chunks", ()):
-            offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-            place = places.get(offsets)
-            if place is None:
-                raise SnapshotError(f"{self._path}: '{name}': the shard at {offsets} is in no file")
-            if 0 not in sizes:
-                blobs.append(self._locate_shard(name, offsets, sizes, place))
-        return blobs
+        """The blobs of a tensor: one for each shard that is not empty."""
+        return [self._locate_shard(name, shard) for shard in self._shards[name] if 0 not in shard.sizes]
 
-    def _locate_shard(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...], place: Any) -> Blob:
-        if Path(place.relative_path).name != place.relative_path:
-            raise SnapshotError(f"{self._path}: '{name}': '{place.relative_path}' leaves the folder")
-        if getattr(place, "transform_descriptors", None):
-            raise SnapshotError(
-                f"{self._path}: '{name}' was written through {place.transform_descriptors}; save it plainly"
-            )
-        path = self._path / place.relative_path
+    def _locate_shard(self, name: str, shard: _Shard) -> Blob:
+        if shard.place is None:
+            raise SnapshotError(f"{self._path}: '{name}': the shard at {shard.offsets} is in no file")
+        relative_path, offset, length = shard.place
+        if Path(relative_path).name != relative_path:
+            raise SnapshotError(f"{self._path}: '{name}': '{relative_path}' leaves the folder")
+        path = self._path / relative_path
         try:
             with path.open("rb") as file:
-                tensor = load_layout(path, FileSlice(file, place.offset, place.length))
+                saved = TorchFile(path, FileSlice(file, offset, length))
         except OSError as error:
             raise SnapshotError(f"{path}: holds rows of '{name}', cannot be read: {error.strerror}") from error
-        expected = self.tensors[name].dtype
-        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != sizes or tensor.dtype != expected:
+        tensor, expected = saved.content, self.tensors[name].dtype
+        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != shard.sizes or tensor.dtype != expected:
             got = f"{list(tensor.shape)} {tensor.dtype}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise SnapshotError(
-                f"{path}: the shard of '{name}' at {offsets} is {got}, expected {list(sizes)} {expected}"
-            )
-        check_contiguous(path, name, tensor)
-        return Blob(path, place.offset + values_offset(tensor), *offsets, *sizes)
+            wanted = f"{list(shard.sizes)} {expected}"
+            raise SnapshotError(f"{path}: the shard of '{name}' at {shard.offsets} is {got}, expected {wanted}")
+        return Blob(path, offset + saved.values_offset(name, tensor), *shard.offsets, *shard.sizes)

@@ -16,7 +16,18 @@ __all__ = ["SafetensorsIndex", "is_safetensors"]
 
 _PREFIX = struct.Struct("<Q")
 _MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
-_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # others are never rows
 _INDEX = ".safetensors.index.json"
 
 
@@ -42,7 +53,9 @@ class SafetensorsIndex:
         for file, names in _files(path).items():
             header, data_start = _read_header(file)
             headers.update(header)
-            for name, entry in _parse_header(file, header).items():
+            entries = _parse_header(file, header)
+            _check_tiling(file, entries)
+            for name, entry in entries.items():
                 if names is None or name in names:
                     self._add(file, name, entry, data_start)
             for name in names or ():
@@ -51,12 +64,9 @@ class SafetensorsIndex:
         self.digest = Digest("sha256-safetensors-headers", headers.hexdigest())
 
     def _add(self, file: Path, name: str, entry: Any, data_start: int) -> None:
-        try:
-            shape = tuple(int(size) for size in entry["shape"])
-            start, end = (int(offset) for offset in entry["data_offsets"])
-            dtype = _TYPES.get(entry["dtype"], torch.uint8)
-        except (KeyError, TypeError, ValueError) as error:
-            raise SnapshotError(f"{file}: the header's entry for '{name}' is damaged: {entry!r:.120}") from error
+        shape: tuple[int, ...] = tuple(entry["shape"])
+        start, end = entry["data_offsets"]
+        dtype = _TYPES.get(entry["dtype"], torch.uint8)
         expected = dtype.itemsize
         for size in shape:
             expected *= size
@@ -93,7 +103,7 @@ def _read_index(index: Path) -> dict[Path, set[str] | None]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         items = [(str(name), str(file)) for name, file in weight_map.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SnapshotError(f"{index}: is no safetensors index: {error}") from error
     files: dict[Path, set[str] | None] = {}
     for name, file in items:
@@ -121,9 +131,30 @@ def _read_header(file: Path) -> tuple[bytes, int]:
 def _parse_header(file: Path, header: bytes) -> dict[str, Any]:
     try:
         entries = json.loads(header)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SnapshotError(f"{file}: the safetensors header is damaged: {error}") from error
     if not isinstance(entries, dict):
         raise SnapshotError(f"{file}: the safetensors header is damaged: expected an object")
     entries.pop("__metadata__", None)
     return entries
+
+
+def _check_tiling(file: Path, entries: dict[str, Any]) -> None:
+    """Every entry is well formed, and their data follow one another without hole or overlap, as the format demands."""
+    ends = {}
+    for name, entry in entries.items():
+        try:
+            start, end = entry["data_offsets"]
+            integers = [start, end, *entry["shape"]]
+            sound = all(type(number) is int and number >= 0 for number in integers) and isinstance(entry["dtype"], str)
+        except (KeyError, TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise SnapshotError(f"{file}: the header's entry for '{name}' is damaged: {entry!r:.120}")
+        if end > start:
+            ends[start, end] = name
+    position = 0
+    for (start, end), name in sorted(ends.items()):
+        if start != position:
+            raise SnapshotError(f"{file}: '{name}' starts at byte {start} of the data, expected {position}")
+        position = end

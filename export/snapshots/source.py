@@ -102,11 +102,20 @@ def _choose_step(root: Path, step: int | None) -> tuple[Path, int | None]:
             raise SnapshotError(f"{root}: is one snapshot, not a folder of step-numbered ones; remove snapshot.step")
         return root, None
     try:
-        steps = {int(path.stem): path for path in root.iterdir() if path.stem.isdecimal()}
+        entries = sorted(root.iterdir())
     except OSError as error:
         raise SnapshotError(f"{root}: cannot be read: {error.strerror}") from error
+    steps: dict[int, Path] = {}
+    for path in entries:
+        name = path.stem if path.is_file() else path.name
+        if name.isdecimal():
+            other = steps.setdefault(int(name), path)
+            if other != path:
+                raise SnapshotError(f"{root}: '{other.name}' and '{path.name}' are the same step; remove one of them")
     complete = [number for number in sorted(steps) if _format_of(steps[number]) is not None]
     have = f"complete steps: {', '.join(map(str, complete)) or 'none'}"
+    if any(path.suffix == ".distcp" for path in entries):
+        have += f"; it has shards itself, and no commit mark ({METADATA})"
     incomplete = [str(number) for number in sorted(steps) if number not in complete]
     if incomplete:
         have += f"; without a commit mark ({METADATA}): {', '.join(incomplete)}"
@@ -121,7 +130,9 @@ def _choose_step(root: Path, step: int | None) -> tuple[Path, int | None]:
 def _detect(path: Path) -> SnapshotFormat:
     kind = _format_of(path)
     if kind is None:
-        raise SnapshotError(f"{path}: is no snapshot of a known format (dcp, safetensors, state_dict)")
+        raise SnapshotError(
+            f"{path}: is no snapshot of a known format (DCP folder, safetensors, torch.save in its zip form)"
+        )
     return kind
 
 

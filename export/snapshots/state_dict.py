@@ -2,7 +2,7 @@
 
 import hashlib
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from export.errors import SnapshotError
 from export.snapshots.rows import Blob, StoredTensor
-from export.snapshots.torch_files import check_contiguous, load_layout, values_offset
+from export.snapshots.torch_files import TorchFile
 from runtime_py.digests import Digest
 
 __all__ = ["StateDictIndex"]
@@ -25,15 +25,16 @@ class StateDictIndex:
         """Reads the file's structure, and none of its values.
 
         Raises:
-            SnapshotError: see `load_layout`.
+            SnapshotError: see `TorchFile`; or two tensors have the same joined name.
         """
         self._path = path
         try:
             with path.open("rb") as file:
-                layout = load_layout(path, file)
+                self._file = TorchFile(path, file)
         except OSError as error:
             raise SnapshotError(f"{path}: cannot be read: {error.strerror}") from error
-        self._tensors = dict(_flatten(layout, ""))
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._collect(self._file.content, "", ())
         self.tensors = {
             name: StoredTensor(name, tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()
         }
@@ -42,17 +43,19 @@ class StateDictIndex:
     def locate(self, name: str) -> list[Blob]:
         """The one blob of a tensor."""
         tensor = self._tensors[name]
-        check_contiguous(self._path, name, tensor)
         rows, columns = tensor.shape
-        return [Blob(self._path, values_offset(tensor), 0, 0, rows, columns)]
+        return [Blob(self._path, self._file.values_offset(name, tensor), 0, 0, rows, columns)]
 
-
-def _flatten(node: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(node, torch.Tensor):
-        yield prefix, node
-    elif isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    def _collect(self, node: Any, name: str, parents: tuple[int, ...]) -> None:
+        if isinstance(node, torch.Tensor):
+            if name in self._tensors:
+                raise SnapshotError(f"{self._path}: two tensors are named '{name}'")
+            self._tensors[name] = node
+        elif isinstance(node, Mapping):
+            if id(node) in parents:
+                raise SnapshotError(f"{self._path}: '{name}' is a dictionary that holds itself")
+            for key, value in node.items():
+                self._collect(value, f"{name}.{key}" if name else str(key), (*parents, id(node)))
 
 
 def _directory_digest(path: Path) -> Digest:

@@ -7,8 +7,10 @@ the file offset of every storage on the fake tensors (`_checkpoint_offset`, torc
 import io
 import os
 import pickle
+import re
+import struct
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import torch
@@ -16,7 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from export.errors import SnapshotError
 
-__all__ = ["FileSlice", "check_contiguous", "load_layout", "values_offset"]
+__all__ = ["FileSlice", "TorchFile"]
+
+# The end of a zip record's local header: lengths of its name and of its extra field (APPNOTE.TXT, 4.3.7).
+_LOCAL_HEADER = struct.Struct("<26xHH")
 
 
 class FileSlice(io.RawIOBase):
@@ -51,41 +56,77 @@ class FileSlice(io.RawIOBase):
         return done
 
 
-def load_layout(path: Path, file: Any) -> Any:
-    """The object that torch.save wrote, with fake tensors: shapes, types and file offsets, no values.
+class TorchFile:
+    """A file that torch.save wrote: its object with fake tensors, and where each tensor's values are."""
 
-    Raises:
-        SnapshotError: not a torch.save file in its zip form, of another byte order, or with an object in it that is
-            not plain data.
-    """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            orders = [name for name in archive.namelist() if name.endswith("/byteorder")]
-            if any(archive.read(name) != b"little" for name in orders):
-                raise SnapshotError(
-                    f"{path}: was written on a big-endian machine; save it again on a little-endian one"
-                )
+    def __init__(self, path: Path, file: Any) -> None:
+        """Reads the structure of `file`, which `path` names in errors.
+
+        Raises:
+            SnapshotError: not a torch.save file in its zip form, of another byte order, compressed, or with an object
+                in it that is not plain data.
+        """
+        self._path = path
+        self._records = self._read_records(file)
         file.seek(0)
-        with FakeTensorMode():
-            return torch.load(file, weights_only=True, map_location="cpu")
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise SnapshotError(f"{path}: is no torch.save file, or was truncated: {error}") from error
-    except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line), "")
-        raise SnapshotError(
-            f"{path}: holds more than tensors and plain data, which is never unpickled; save only the state dict. {reason}"
-        ) from error
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise SnapshotError(f"{path}: is damaged: {str(error).splitlines()[0]}") from error
+        try:
+            with FakeTensorMode():
+                self.content: Any = torch.load(file, weights_only=True, map_location="cpu")
+        except pickle.UnpicklingError as error:
+            named = re.search(r"GLOBAL ([\w.]+)", str(error))
+            what = f" (it names {named.group(1)})" if named else ""
+            raise SnapshotError(
+                f"{path}: holds more than tensors and plain data, which is never unpickled; save only the state dict{what}"
+            ) from error
+        # A damaged pickle raises nearly anything; whatever it is, the file is no state dict.
+        except Exception as error:
+            raise SnapshotError(
+                f"{path}: is damaged: {(str(error) or type(error).__name__).splitlines()[0]}"
+            ) from error
 
+    def _read_records(self, file: Any) -> dict[int, int]:
+        """The size of every record by the offset of its first byte."""
+        path = self._path
+        try:
+            with zipfile.ZipFile(file) as archive:
+                infos = archive.infolist()
+                if any(PurePosixPath(info.filename).name == "constants.pkl" for info in infos):
+                    raise SnapshotError(f"{path}: is a TorchScript archive; save the state dict of the trained model")
+                if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
+                    raise SnapshotError(f"{path}: has compressed records, which torch.save never writes; save it again")
+                orders = [info for info in infos if info.filename.endswith("/byteorder")]
+                if any(archive.read(info) != b"little" for info in orders):
+                    raise SnapshotError(
+                        f"{path}: was written on a big-endian machine; save it again on a little-endian one"
+                    )
+            records = {}
+            for info in infos:
+                file.seek(info.header_offset)
+                name_bytes, extra_bytes = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+                records[info.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes] = info.file_size
+            return records
+        except (zipfile.BadZipFile, EOFError, struct.error) as error:
+            raise SnapshotError(
+                f"{path}: is no torch.save file, or was truncated: {error} (its zip form is read)"
+            ) from error
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            raise SnapshotError(f"{path}: is damaged: {str(error).splitlines()[0]}") from error
 
-def values_offset(tensor: torch.Tensor) -> int:
-    """The offset of the first value of a fake tensor, in the file that it was loaded from, in bytes."""
-    storage: Any = tensor.untyped_storage()
-    return int(storage._checkpoint_offset) + int(tensor.storage_offset()) * tensor.dtype.itemsize
+    def values_offset(self, name: str, tensor: torch.Tensor) -> int:
+        """The offset in the file of the first value of a tensor of `content`, in bytes.
 
-
-def check_contiguous(path: Path, name: str, tensor: torch.Tensor) -> None:
-    """Refuses a tensor whose values are not stored row-major and side by side."""
-    if not tensor.is_contiguous():
-        raise SnapshotError(f"{path}: '{name}' is stored with strides {tensor.stride()}; save a contiguous tensor")
+        Raises:
+            SnapshotError: its values are not stored row-major, side by side and as they are, or are not all there.
+        """
+        if tensor.layout is not torch.strided or not tensor.is_contiguous():
+            strides = tensor.stride() if tensor.layout is torch.strided else tensor.layout
+            raise SnapshotError(f"{self._path}: '{name}' is stored with strides {strides}; save a contiguous tensor")
+        storage: Any = tensor.untyped_storage()
+        start = storage._checkpoint_offset
+        if start is None or tensor.is_neg():
+            how = "without values" if start is None else "with a negation to be done"
+            raise SnapshotError(f"{self._path}: '{name}' is stored {how}; save a plain tensor")
+        offset = tensor.storage_offset() * tensor.dtype.itemsize
+        if self._records.get(start, 0) < offset + tensor.numel() * tensor.dtype.itemsize:
+            raise SnapshotError(f"{self._path}: '{name}' is longer than what the file holds of it; the file is damaged")
+        return int(start) + int(offset)
