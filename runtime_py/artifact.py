@@ -100,14 +100,24 @@ class Artifact:
         )
         return pooled
 
-    def warm_up(self) -> None:
-        """Runs the graph until TorchScript has specialised it: the first two calls take some 50 ms."""
+    def warm_up(self, path: str) -> None:
+        """Runs the graph until TorchScript has specialised it: the first two calls take some 50 ms.
+
+        Raises:
+            GraphError: the graph, which `path` names, does not take or give what the manifest says.
+        """
         count = len(self.manifest.features)
         values = torch.zeros(count, dtype=torch.int64, device="cpu")  # whatever the process's default device
         lengths = torch.ones(count, dtype=torch.int32, device="cpu")
         weights = torch.ones(count, dtype=torch.float32, device="cpu") if self.manifest.weighted else None
+        width = sum(output.dim for output in self.manifest.outputs)
         for _ in range(3):
-            self._run(Request(values, lengths, weights))
+            try:
+                pooled = self._run(Request(values, lengths, weights))
+            except RuntimeError as error:
+                raise GraphError(f"{path} does not run on the manifest's features: {_last_line(error)}") from error
+            if pooled.shape != (1, width) or pooled.dtype is not torch.float32:
+                raise GraphError(f"{path} gives {list(pooled.shape)} {pooled.dtype}, expected [1, {width}] float32")
 
 
 def load_artifact(
@@ -142,7 +152,7 @@ def load_artifact(
         scripted = _load_torchscript(manifest, graph, verified.contents[graph.path])
         scripted.weights = verified.weights.map()
     artifact = Artifact(manifest, scripted, invalid_ids)
-    artifact.warm_up()
+    artifact.warm_up(graph.path)
     return artifact
 
 
