@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from support import TABLES, make_rows, state_dict, write_config, write_dcp
+
+settings.register_profile("shared machine", deadline=None)  # a slow example is no failure
+settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="session")

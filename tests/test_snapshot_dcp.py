@@ -11,6 +11,8 @@ from typing import Any, Self
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support import PREFIX, TABLES, make_rows, write_dcp
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import _extension
@@ -26,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from export.errors import SnapshotError
 from export.snapshots.dcp import METADATA, DcpIndex
 from export.snapshots.rows import TableRows
+from export.snapshots.torch_files import FileSlice
 from runtime_py.digests import sha256
 
 # Two processes save three tables. Each cell: the process that holds it, first row, first column, rows, columns.
@@ -175,6 +178,29 @@ def test_a_transposed_table_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path, "user") == (
         f"{tmp_path / '__0_0.distcp'}: 'user' is stored with strides (1, 4); save a contiguous tensor"
     )
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_a_slice_of_a_file_reads_and_seeks_like_a_file_of_its_own(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    content = bytes(range(40))
+    path = tmp_path_factory.getbasetemp() / "content"
+    path.write_bytes(content)
+    offset = data.draw(st.integers(0, 40), "offset")
+    length = data.draw(st.integers(0, 40 - offset), "length")
+    expected = BytesIO(content[offset : offset + length])
+    with path.open("rb") as file:
+        part = FileSlice(file, offset, length)
+        for _ in range(data.draw(st.integers(1, 6), "steps")):
+            whence = data.draw(st.sampled_from([os.SEEK_SET, os.SEEK_CUR, os.SEEK_END]), "whence")
+            lowest = {os.SEEK_SET: 0, os.SEEK_CUR: -expected.tell(), os.SEEK_END: -length}[whence]
+            place = data.draw(st.integers(lowest, 50), "place")
+            assert part.seek(place, whence) == expected.seek(place, whence)
+            count = data.draw(st.integers(-1, 50), "bytes")
+            assert part.read(count) == expected.read(count)
+            assert part.tell() == expected.tell()
 
 
 def test_an_empty_shard_is_no_rows(one_table: Path) -> None:
