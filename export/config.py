@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Self, get_args
+from typing import Annotated, Any, Self, get_args, get_origin
 
 import torch
 from pydantic import (
@@ -131,10 +131,6 @@ def _built(*built: StrEnum) -> AfterValidator:
 _BuiltPrecision = Annotated[Precision, _built(Precision.FP32, Precision.FP16)]
 _BuiltGraph = Annotated[GraphKind, _built(GraphKind.TORCHSCRIPT)]
 _BuiltTarget = Annotated[Target, _built(Target.CPU)]
-_BuiltFormat = Annotated[
-    SnapshotFormat,
-    _built(SnapshotFormat.AUTO, SnapshotFormat.DCP, SnapshotFormat.SAFETENSORS, SnapshotFormat.STATE_DICT),
-]
 
 
 def _refuse_surgery(value: object) -> None:
@@ -298,7 +294,7 @@ class SnapshotConfig(_Section):
     """Where the trained rows are."""
 
     uri: str
-    format: _BuiltFormat = SnapshotFormat.AUTO
+    format: SnapshotFormat = SnapshotFormat.AUTO
     step: Annotated[StrictInt, Field(ge=0)] | None = None
     prefix: str | None = None
 
@@ -398,8 +394,8 @@ def load_config(path: str | Path) -> ReleaseConfig:
         raise ConfigError(f"{where}: not valid YAML: {problem}") from error
     except YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from error
-    except RecursionError as error:
-        raise ConfigError(f"{path}: is nested too deeply") from error
+    except (RecursionError, ValueError) as error:  # nested without end, or a number of thousands of digits
+        raise ConfigError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(document, Mapping):
         raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(ReleaseConfig.model_fields)}")
     try:
@@ -441,16 +437,22 @@ def _describe(path: Path, document: Any, error: ValidationError) -> Iterator[str
 
 def _nearest_key(location: Sequence[int | str]) -> str:
     """A hint for an unknown key, the last part of `location`."""
-    section: Any = ReleaseConfig
+    section: Any = _inner(ReleaseConfig)
     for part in location[:-1]:
-        if isinstance(part, str) and part in getattr(section, "model_fields", {}):
-            section = section.model_fields[part].annotation
-        while not hasattr(section, "model_fields") and get_args(section):
-            # Optional, Annotated, list and dict: the section is the last of their arguments that is not None.
-            section = [argument for argument in get_args(section) if argument is not type(None)][-1]
+        if get_origin(section) in (list, dict):
+            section = _inner(get_args(section)[-1])
+        elif str(part) in getattr(section, "model_fields", {}):
+            section = _inner(section.model_fields[part].annotation)
     known = getattr(section, "model_fields", {})
     near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.6)
     return f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+
+
+def _inner(annotation: Any) -> Any:
+    """What an annotation is about, without Annotated and None."""
+    while get_origin(annotation) not in (None, list, dict):
+        annotation = next(argument for argument in get_args(annotation) if argument is not type(None))
+    return annotation
 
 
 def _line(document: Any, location: Sequence[int | str]) -> int:
@@ -460,9 +462,13 @@ def _line(document: Any, location: Sequence[int | str]) -> int:
     for part in location:
         try:
             marks = node.lc
-            place = marks.item(part) if isinstance(node, list) else marks.key(part)
-            line, node = place[0] + 1, node[part]
-        except (KeyError, IndexError, TypeError, AttributeError):
+            if isinstance(node, list):
+                place, node = marks.item(part), node[int(part)]
+            else:
+                key = next(key for key in node if str(key) == str(part))
+                place, node = marks.key(key), node[key]
+            line = place[0] + 1
+        except (KeyError, IndexError, TypeError, AttributeError, StopIteration):
             break
     return line
 

@@ -110,6 +110,7 @@ def test_upstreams_training_tables_load_unchanged(tmp_path: Path) -> None:
     [
         "{adam: {lr: 0.1}}",
         "{adam: {lr: 0.1, betas: [0.8, 0.99], eps: 1.0e-8}}",
+        "{adam: {lr: 1e-3, eps: 1e-8}}",
         "{sgd: {lr: 1, momentum: 0.9}}",
         "{adagrad: {lr: 0.1, eps: 0}}",
         "{sgd: {lr: 0.1}, learning_rate: {linear_ramp_to_constant: {learning_rate: 0.1, num_ramp_steps: 10}}}",
@@ -323,6 +324,19 @@ def test_an_unknown_key_is_refused_with_its_line_and_the_nearest_known_one(
     assert f"release.yaml:{line}: {key}: unknown key; did you mean '{nearest}'?" in lines
 
 
+def test_a_key_that_is_no_text_is_unknown_in_its_line(tmp_path: Path) -> None:
+    assert_matches(
+        r"^release\.yaml:9: 7: unknown key; known keys: large_embeddings", refusal(tmp_path, release_with("7: 1"))
+    )
+
+
+def test_a_table_may_have_the_name_of_a_key(tmp_path: Path) -> None:
+    text = replaced("name: user", "name: min_cosine") + "parity:\n  table_budgets:\n    min_cosine: {min_cosin: 1.0}\n"
+    assert refusal(tmp_path, text) == (
+        "release.yaml:11: parity.table_budgets.min_cosine.min_cosin: unknown key; did you mean 'min_cosine'?"
+    )
+
+
 def test_an_unknown_key_that_resembles_none_lists_the_known_ones(tmp_path: Path) -> None:
     assert refusal(tmp_path, release_with("zzz: 1")) == (
         "release.yaml:9: zzz: unknown key; known keys: large_embeddings, mode, snapshot, serving, surgery, parity"
@@ -368,6 +382,8 @@ def test_a_number_of_rows_is_a_positive_integer(tmp_path: Path, value: str, prob
         (replaced("uri: snapshots/demo", "uri: null"), 8, "snapshot.uri", "valid string, got None"),
         (table_with("pooling: max"), 7, f"{TABLE}.pooling", "'sum' or 'mean', got 'max'"),
         (table_with("weighted: maybe"), 7, f"{TABLE}.weighted", "valid boolean.*got 'maybe'"),
+        (table_with("weighted: 1"), 7, f"{TABLE}.weighted", "valid boolean, got 1"),
+        (table_with("optimizer: {sgd: {lr: true}}"), 7, f"{TABLE}.optimizer.sgd.lr", "valid number, got True"),
         (table_with("feature_names: user"), 7, f"{TABLE}.feature_names", "valid list.*got 'user'"),
         (table_with("feature_names: []"), 7, f"{TABLE}.feature_names", "at least 1 item"),
         (table_with("feature_names: [a, 7]"), 7, f"{TABLE}.feature_names[1]", "valid string, got 7"),
@@ -536,13 +552,6 @@ def test_weights_with_mean_pooling_are_refused(tmp_path: Path) -> None:
         ),
         (release_with("serving:\n  graphs: [onnx]"), 10, "serving.graphs[0]", "onnx", "torchscript"),
         (release_with("serving:\n  targets:\n    - cpu\n    - cuda"), 12, "serving.targets[1]", "cuda", "cpu"),
-        (
-            replaced("uri: snapshots/demo", "uri: x\n  format: torchsnapshot"),
-            9,
-            "snapshot.format",
-            "torchsnapshot",
-            "auto, dcp, safetensors, state_dict",
-        ),
     ],
     ids=label,
 )
@@ -642,6 +651,12 @@ def test_a_file_that_is_not_yaml_is_refused_with_the_line(tmp_path: Path, text: 
 
 def test_a_control_character_is_not_valid_yaml(tmp_path: Path) -> None:
     assert_matches(r"^release\.yaml: not valid YAML: .*x0000", refusal(tmp_path, b"mode: \x00\n"))
+
+
+def test_a_number_of_thousands_of_digits_is_refused(tmp_path: Path) -> None:
+    assert_matches(
+        r"^release\.yaml", refusal(tmp_path, replaced("num_embeddings: 10", f"num_embeddings: {'9' * 5000}"))
+    )
 
 
 def test_yaml_that_is_nested_without_end_is_refused(tmp_path: Path) -> None:

@@ -41,6 +41,19 @@ def fill(staging: Path) -> None:
 FILLED = {"weights": None, "weights/tables": b"rows", "manifest.json": b"{}"}
 
 
+# Stages for its argument again and again, for a second.
+STAGE_OFTEN = """
+import sys, time
+from pathlib import Path
+from export.publish import staged
+
+end = time.monotonic() + 1
+while time.monotonic() < end:
+    with staged(Path(sys.argv[1])) as staging:
+        (staging / "half").write_bytes(b"half")
+"""
+
+
 class Build:
     """Another process that stages an artifact and waits."""
 
@@ -245,6 +258,21 @@ def test_two_builds_of_one_target_do_not_meet_until_the_second_publishes(tmp_pat
         assert tree(slow) == FILLED
         publish(slow, target)
     assert tree(tmp_path) == {"artifact": None, "artifact/manifest.json": b"the first to publish"}
+
+
+def test_builds_that_begin_at_the_same_moment_do_not_take_each_other_for_abandoned(tmp_path: Path) -> None:
+    builds = [
+        subprocess.Popen(
+            [sys.executable, "-c", STAGE_OFTEN, str(tmp_path / "artifact")],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parent.parent,
+        )
+        for _ in range(3)
+    ]
+    errors = [build.communicate()[1] for build in builds]
+    assert errors == ["", "", ""]
+    assert tree(tmp_path) == {}
 
 
 # --- Disks that fail -----------------------------------------------------------------------------------------------

@@ -371,11 +371,23 @@ def test_metadata_without_one_of_its_fields_is_refused(one_table: Path, name: st
     assert str(one_table) in message or "'user'" in message
 
 
+@pytest.mark.parametrize("shape", [(24,), (6, 4, 1)])
+def test_a_shard_of_another_rank_than_its_table_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    state = {"user": torch.arange(24.0).reshape(shape)}
+    checkpoint.save(state, storage_writer=checkpoint.FileSystemWriter(tmp_path), no_dist=True)
+
+    def claim_two_dimensions(metadata: Metadata) -> None:
+        metadata.state_dict_metadata["user"].size = torch.Size([6, 4])
+
+    change_metadata(tmp_path, claim_two_dimensions)
+    message = refusal(tmp_path, "user")
+    assert str(tmp_path) in message
+    assert "'user'" in message
+
+
 def test_missing_metadata_means_that_the_snapshot_was_never_completed(one_table: Path) -> None:
     (one_table / METADATA).unlink()
-    assert refusal(one_table) == (
-        f"{one_table / METADATA}: cannot be read: No such file or directory; the snapshot was never completed"
-    )
+    assert refusal(one_table) == (f"{one_table / METADATA}: is missing: the snapshot was never completed")
 
 
 # --- Damaged shards ------------------------------------------------------------------------------------------------

@@ -321,6 +321,18 @@ def test_a_header_that_gives_two_tensors_the_same_bytes_is_refused_as_the_librar
     assert refusal(one_file, "item").startswith(f"{one_file}: ")
 
 
+def test_a_header_that_leaves_bytes_between_tensors_is_refused_as_the_library_does(one_file: Path) -> None:
+    def leave_a_hole(header: dict[str, Any]) -> None:
+        header["user"]["data_offsets"] = [offset + 4 for offset in header["user"]["data_offsets"]]
+
+    change_header(one_file, leave_a_hole)
+    with one_file.open("ab") as file:
+        file.write(bytes(4))
+    with pytest.raises(SafetensorError), safe_open(one_file, "pt"):
+        pass
+    assert refusal(one_file, "user").startswith(f"{one_file}: ")
+
+
 def test_a_missing_file_is_refused(one_file: Path) -> None:
     index = SafetensorsIndex(one_file)
     one_file.unlink()

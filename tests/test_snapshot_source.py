@@ -19,7 +19,7 @@ from runtime_py.digests import sha256
 TABLE = torch.arange(24.0).reshape(6, 4)
 USER = EmbeddingBagConfig.model_validate({"name": "user", "num_embeddings": 6, "embedding_dim": 4, "data_type": "fp32"})
 STORED = "embedding_bags.user.weight"
-KNOWN_FORMATS = "is no snapshot of a known format (DCP folder, safetensors, torch.save in its zip form)"
+KNOWN_FORMATS = "is no snapshot of a known format (DCP folder, torchsnapshot, safetensors, torch.save in its zip form)"
 
 
 def write_pt(path: Path, rows: dict[str, torch.Tensor]) -> Path:
@@ -113,6 +113,11 @@ def test_a_snapshot_of_another_format_than_the_given_one_is_refused(tmp_path: Pa
     assert problem in message
 
 
+def test_a_file_that_is_given_as_a_dcp_folder_is_not_called_incomplete(tmp_path: Path) -> None:
+    path = write_pt(tmp_path / "model.pt", {"user": TABLE})
+    assert "never completed" not in refusal(path, format="dcp")
+
+
 @pytest.mark.parametrize("content", [b"", b"hello\n", bytes(1000), b"PK\x03\x04 but no more"])
 def test_a_file_of_no_known_format_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.pt"
@@ -120,9 +125,9 @@ def test_a_file_of_no_known_format_is_refused(tmp_path: Path, content: bytes) ->
     assert refusal(path) == f"{path}: {KNOWN_FORMATS}"
 
 
-def test_a_torchsnapshot_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_a_torchsnapshot_is_known_by_its_commit_mark(tmp_path: Path) -> None:
     (tmp_path / ".snapshot_metadata").write_text('{"version": "0.1.0", "world_size": 1, "manifest": {}}')
-    assert refusal(tmp_path) == f"{tmp_path}: is a torchsnapshot, which this version does not read; save it with DCP"
+    assert open_snapshot(SnapshotConfig(uri=str(tmp_path))).identity.format == "torchsnapshot"
 
 
 def test_a_torch_save_file_in_its_old_form_is_refused_with_what_to_do(tmp_path: Path) -> None:
@@ -165,7 +170,7 @@ def test_a_step_that_is_missing_lists_those_that_are_there(steps: Path) -> None:
 def test_a_step_that_is_incomplete_is_refused_with_the_others(steps: Path) -> None:
     (steps / "700" / METADATA).unlink()
     assert refusal(steps, step=700) == (
-        f"{steps}: no complete step 700; complete steps: 9, 80; without a commit mark (.metadata): 700"
+        f"{steps}: no complete step 700; complete steps: 9, 80; without a commit mark (.metadata, .snapshot_metadata): 700"
     )
 
 
@@ -173,7 +178,8 @@ def test_steps_of_which_none_is_complete_are_refused(steps: Path) -> None:
     for step in ("9", "80", "700"):
         (steps / step / METADATA).unlink()
     assert refusal(steps) == (
-        f"{steps}: no complete snapshot; complete steps: none; without a commit mark (.metadata): 9, 80, 700"
+        f"{steps}: no complete snapshot; complete steps: none; "
+        "without a commit mark (.metadata, .snapshot_metadata): 9, 80, 700"
     )
 
 

@@ -4,7 +4,8 @@
     for start, rows in with_rows.chunks(4096): ...
 
 Modules: `source` (finds the snapshot, its format and a table in it), `rows` (a table's rows, read by range), and one
-module a format that says which bytes of which file hold which rows: `dcp`, `safetensors_files`, `state_dict`.
+module a format that says which bytes of which file hold which rows: `dcp`, `torchsnapshot`, `safetensors_files`,
+`state_dict`.
 """
 
 from export.snapshots.rows import TableRows

@@ -72,10 +72,10 @@ class DcpIndex:
         file = path / METADATA
         try:
             data = file.read_bytes()
+        except FileNotFoundError as error:
+            raise SnapshotError(f"{file}: is missing: the snapshot was never completed") from error
         except OSError as error:
-            raise SnapshotError(
-                f"{file}: cannot be read: {error.strerror}; the snapshot was never completed"
-            ) from error
+            raise SnapshotError(f"{file}: cannot be read: {error.strerror}") from error
         self.digest = sha256(data)
         self.tensors: dict[str, StoredTensor] = {}
         self._shards: dict[str, list[_Shard]] = {}
@@ -111,6 +111,8 @@ class DcpIndex:
         return [self._locate_shard(name, shard) for shard in self._shards[name] if 0 not in shard.sizes]
 
     def _locate_shard(self, name: str, shard: _Shard) -> Blob:
+        if len(shard.offsets) != 2 or len(shard.sizes) != 2:
+            raise SnapshotError(f"{self._path}: '{name}': the shard at {shard.offsets} is not of two dimensions")
         if shard.place is None:
             raise SnapshotError(f"{self._path}: '{name}': the shard at {shard.offsets} is in no file")
         relative_path, offset, length = shard.place

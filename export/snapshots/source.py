@@ -13,12 +13,14 @@ from export.snapshots.dcp import METADATA, DcpIndex
 from export.snapshots.rows import SnapshotIndex, StoredTensor, TableRows
 from export.snapshots.safetensors_files import SafetensorsIndex, is_safetensors
 from export.snapshots.state_dict import StateDictIndex
+from export.snapshots.torchsnapshot import SNAPSHOT_METADATA, TorchsnapshotIndex
 from runtime_py.manifest import SnapshotIdentity
 
 __all__ = ["Snapshot", "open_snapshot"]
 
 _INDEXES: dict[SnapshotFormat, Callable[[Path], SnapshotIndex]] = {
     SnapshotFormat.DCP: DcpIndex,
+    SnapshotFormat.TORCHSNAPSHOT: TorchsnapshotIndex,
     SnapshotFormat.SAFETENSORS: SafetensorsIndex,
     SnapshotFormat.STATE_DICT: StateDictIndex,
 }
@@ -118,7 +120,7 @@ def _choose_step(root: Path, step: int | None) -> tuple[Path, int | None]:
         have += f"; it has shards itself, and no commit mark ({METADATA})"
     incomplete = [str(number) for number in sorted(steps) if number not in complete]
     if incomplete:
-        have += f"; without a commit mark ({METADATA}): {', '.join(incomplete)}"
+        have += f"; without a commit mark ({METADATA}, {SNAPSHOT_METADATA}): {', '.join(incomplete)}"
     if step is None and complete:
         step = complete[-1]
     if step is None or step not in complete:
@@ -131,7 +133,7 @@ def _detect(path: Path) -> SnapshotFormat:
     kind = _format_of(path)
     if kind is None:
         raise SnapshotError(
-            f"{path}: is no snapshot of a known format (DCP folder, safetensors, torch.save in its zip form)"
+            f"{path}: is no snapshot of a known format (DCP folder, torchsnapshot, safetensors, torch.save in its zip form)"
         )
     return kind
 
@@ -139,8 +141,8 @@ def _detect(path: Path) -> SnapshotFormat:
 def _format_of(path: Path) -> SnapshotFormat | None:
     """The format of a complete snapshot, or None."""
     try:
-        if (path / ".snapshot_metadata").is_file():
-            raise SnapshotError(f"{path}: is a torchsnapshot, which this version does not read; save it with DCP")
+        if (path / SNAPSHOT_METADATA).is_file():
+            return SnapshotFormat.TORCHSNAPSHOT
         if (path / METADATA).is_file():
             return SnapshotFormat.DCP
         if is_safetensors(path):
