@@ -35,11 +35,12 @@ def staged(target: Path) -> Iterator[Path]:
     try:
         made = [folder for folder in target.parents if not os.path.exists(folder)]  # innermost first
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target.parent, prefix)
-        staging = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+        with _locked(target.parent):  # or a build that begins just now takes ours, not yet locked, for abandoned
+            _remove_abandoned(target.parent, prefix)
+            staging = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+            fd = _open_folder(staging)
+            fcntl.flock(fd, fcntl.LOCK_EX)
         staging.chmod(0o755)
-        fd = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield staging
     except OSError as error:
         raise _describe(error, target) from error
@@ -94,10 +95,24 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
+def _open_folder(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)  # and so unlocked
+
+
 def _remove_abandoned(folder: Path, prefix: str) -> None:
     for path in [path for path in folder.iterdir() if path.name.startswith(prefix)]:
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = _open_folder(path)
         except OSError:
             continue  # gone, or not ours to judge
         try:
