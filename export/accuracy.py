@@ -16,29 +16,11 @@ from export.errors import GateError
 from export.quantize import STORED_TYPES
 from export.weight_file import PlannedTable
 from runtime_py.digests import chunk_groups, chunk_rows
+from runtime_py.manifest import TableAccuracy
 from runtime_py.parallel import map_ordered
 from runtime_py.weights import WeightFile, tensor_bytes
 
-__all__ = ["ProbeRows", "TableAccuracy", "check_budget", "examine_table"]
-
-
-@dataclass(frozen=True)
-class TableAccuracy:
-    """How far a table's stored rows, dequantized, are from its trained rows, in float32, over all E * D values.
-
-    relative_l2 = ||stored - trained|| / ||trained||, and cosine, treat the table as one vector; both are null where
-    the trained rows are all zero.
-    """
-
-    table: str
-    serving_precision: str
-    rows: int
-    bytes_before: int
-    bytes_after: int
-    max_absolute_error: float
-    mean_absolute_error: float
-    relative_l2: float | None
-    cosine: float | None
+__all__ = ["ProbeRows", "check_budget", "examine_table"]
 
 
 @dataclass(frozen=True)
@@ -137,7 +119,7 @@ class _Sums:
             cosine = min(cosine, 1.0)
         return TableAccuracy(
             table=table.name,
-            serving_precision=table.precision.value,
+            serving_precision=table.serving_precision,
             rows=table.num_embeddings,
             bytes_before=table.rows.bytes,
             bytes_after=table.bytes,

@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -13,9 +14,9 @@ from typing import Any
 
 import torch
 
-from export.accuracy import TableAccuracy, check_budget, examine_table
+from export.accuracy import check_budget, examine_table
 from export.config import ReleaseConfig, SnapshotConfig, load_config
-from export.errors import GateError
+from export.errors import GateError, PublishError
 from export.lookup import OPERATOR_LIBRARIES, make_lookup
 from export.parity import check_parity, make_cases, make_slots, probe_ids
 from export.publish import publish, staged, write_file
@@ -33,8 +34,10 @@ from runtime_py.manifest import (
     Graph,
     Manifest,
     Output,
+    ParitySummary,
     Provenance,
     SnapshotIdentity,
+    TableAccuracy,
     compute_artifact_id,
 )
 from runtime_py.weights import WeightFile
@@ -64,8 +67,8 @@ class BuildResult:
             "bytes": {file.path: file.bytes for file in self.manifest.files},
             "seconds": self.seconds,
             "stage_seconds": self.stage_seconds,
-            "parity": self.manifest.parity,
-            "accuracy": self.manifest.accuracy,
+            "parity": asdict(self.manifest.parity),
+            "accuracy": [asdict(figures) for figures in self.manifest.accuracy],
             "snapshots": [asdict(snapshot) for snapshot in self.manifest.provenance.snapshots],
         }
 
@@ -90,7 +93,9 @@ def build_artifact(
     """
     if not isinstance(config, ReleaseConfig):
         config = load_config(config)
-    target = Path(output).absolute()
+    target = Path(os.path.abspath(output))
+    for path in (target, config.snapshot.uri):
+        _refuse_undecodable(str(path))
     clock = _Clock(report)
     with staged(target) as staging:
         with clock.phase("snapshot"):
@@ -108,6 +113,13 @@ def build_artifact(
             verify_artifact(staging, "sizes")
             publish(staging, target)
     return BuildResult(target, manifest, clock.seconds, weights.stage_seconds)
+
+
+def _refuse_undecodable(path: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise PublishError(f"{path!r}: the name is not valid UTF-8; rename it") from error
 
 
 class _Clock:
@@ -149,7 +161,6 @@ def _write_graphs(
         Feature(slot.feature, slot.table.name, slot.table.pooling.value, slot.table.weighted)
         for slot in make_slots(config.large_embeddings)
     ]
-    (staging / _TORCHSCRIPT).parent.mkdir()
     write_torchscript(make_lookup(weights.tables, features), staging / _TORCHSCRIPT)
     dims = {table.name: table.embedding_dim for table in weights.tables}
     tools = _tool_versions()
@@ -176,8 +187,8 @@ def _write_graphs(
             File(WEIGHTS, weights.offset_bytes + weights.data_bytes, weights.digest),
             _describe_file(staging, _TORCHSCRIPT),
         ],
-        accuracy={},
-        parity={},
+        accuracy=[],
+        parity=ParitySummary(config.parity.seed, 0, "", 0.0, 0.0),
         provenance=Provenance(
             snapshots=snapshots,
             configuration=config.model_dump(mode="json"),
@@ -201,13 +212,11 @@ def _check(
     _check_budgets(config, accuracies)
     probes = {name: probe for name, (_, probe) in examined.items()}
     precisions = {table.name: table.precision for table in tables}
-    parity = check_parity(staging, config.large_embeddings, precisions, cases, probes, config.parity.seed)
-    accuracy = {"tables": [asdict(accuracy) for accuracy in accuracies]}
-    write_file(staging / _ACCURACY, _to_json(accuracy))
-    write_file(staging / _PARITY, _to_json(parity))
+    summary, results = check_parity(staging, config.large_embeddings, precisions, cases, probes, config.parity.seed)
+    write_file(staging / _ACCURACY, _to_json({"tables": [asdict(accuracy) for accuracy in accuracies]}))
+    write_file(staging / _PARITY, _to_json(asdict(summary) | {"cases": results}))
     files = [*manifest.files, _describe_file(staging, _ACCURACY), _describe_file(staging, _PARITY)]
-    summary = {key: value for key, value in parity.items() if key != "cases"} | {"cases": len(cases)}
-    return replace(manifest, files=files, accuracy=accuracy, parity=summary)
+    return replace(manifest, files=files, accuracy=accuracies, parity=summary)
 
 
 def _check_budgets(config: ReleaseConfig, accuracies: list[TableAccuracy]) -> None:

@@ -4,11 +4,13 @@ stdout carries the result, stderr the progress. Exit codes: 0 done, 1 refused wi
 or accuracy gate failed, 130 and 143 stopped by a signal. This module prints and exits; it decides nothing.
 """
 
+import io
 import json
 import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -49,13 +51,21 @@ def build(
     """Build, check and publish an artifact."""
     from export.build import build_artifact  # torchrec takes seconds to import; the other commands do without
 
-    result = build_artifact(config, output, workers=workers, report=_report_phase)
-    if as_json:
-        _print_json(result.to_json())
-        return
-    console = _console()
-    _print_summary(console, result.artifact, result.manifest)
-    console.print("built in  ", ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in result.seconds.items()))
+    try:
+        result = build_artifact(config, output, workers=workers, report=_report_phase)
+    except _Stopped as stop:
+        stop.outcome = f"{output} is complete" if os.path.lexists(output) else "nothing was published"
+        raise
+    seconds = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in result.seconds.items())
+    text = (
+        _to_json(result.to_json())
+        if as_json
+        else _summary(result.artifact, result.manifest) + f"built in   {seconds}\n"
+    )
+    try:
+        _write(text)
+    except OSError as error:
+        _fail(f"{output} is complete, but its summary could not be written: {error.strerror}", 1)
 
 
 @app.command()
@@ -78,10 +88,11 @@ def verify(
             "bytes": total,
             "seconds": round(seconds, 3),
         }
-        _print_json(result | {"verified": "sizes" if sizes else "full"})
+        _write(_to_json(result | {"verified": "sizes" if sizes else "full"}))
         return
     what = "sizes, and every digest but the rows'" if sizes else "every digest"
-    print(f"{artifact}: intact: {len(manifest.files) + 1} files, {decimal(total)}, {what}, in {seconds:.2f} s")  # noqa: T201
+    files = f"{len(manifest.files) + 1} files, {decimal(total)}"
+    _write(f"{artifact}: intact: {files}, {what}, in {seconds:.2f} s\n")
 
 
 @app.command()
@@ -91,50 +102,70 @@ def inspect(
 ) -> None:
     """Show what an artifact holds, from its manifest alone."""
     manifest = read_manifest(artifact)
-    if as_json:
-        _print_json(asdict(manifest))
-    else:
-        _print_summary(_console(), artifact, manifest)
+    _write(_to_json(asdict(manifest)) if as_json else _summary(artifact, manifest))
+
+
+class _Stopped(BaseException):
+    """A signal asks the process to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+        self.outcome = ""
 
 
 def main() -> NoReturn:
     """Runs the command line and exits; the one place where errors become lines and exit codes."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where the shell has closed it
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
+    except _Stopped as stop:
+        _fail(
+            "; ".join(filter(None, (f"stopped by {signal.Signals(stop.number).name}", stop.outcome))), 128 + stop.number
+        )
     except ExportError as error:
         _fail(str(error), error.exit_code)
     except ArtifactError as error:
         _fail(str(error), 1)
+    except OSError as error:  # of the output: everything else is one of the two above
+        _fail(f"the result could not be written: {error.strerror}", 1)
     raise SystemExit(0)
 
 
 def _stop(number: int, _: FrameType | None) -> NoReturn:
-    """Unwinds the build, which removes what it has staged; a second signal no longer waits for that."""
-    signal.signal(number, signal.SIG_DFL)
-    _fail(f"stopped by {signal.Signals(number).name}; nothing was published", 128 + number)
+    signal.signal(number, signal.SIG_DFL)  # a second signal does not wait
+    raise _Stopped(number)
 
 
 def _fail(message: str, code: int) -> NoReturn:
     for line in message.splitlines():
         print(f"error: {line}", file=sys.stderr)  # noqa: T201
-    raise SystemExit(code)
+    # Not through the interpreter's exit, which would report an output that cannot be flushed a second time.
+    with suppress(OSError):
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def _report_phase(name: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr)  # noqa: T201
 
 
-def _print_json(document: dict[str, Any]) -> None:
-    print(json.dumps(document, indent=2, ensure_ascii=False))  # noqa: T201
+def _write(text: str) -> None:
+    """Writes a result to stdout, to the end; where the shell has closed it, to nowhere."""
+    print(text, end="", flush=True)  # noqa: T201
 
 
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, markup=False, emoji=False)
+def _to_json(document: dict[str, Any]) -> str:
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
-def _print_summary(console: Console, artifact: Path, manifest: Manifest) -> None:
+def _summary(artifact: Path, manifest: Manifest) -> str:
+    text = io.StringIO()
+    console = Console(file=text, width=_WIDTH, highlight=False, markup=False, emoji=False)
     console.print("artifact  ", str(artifact), soft_wrap=True)
     console.print("id        ", manifest.artifact_id)
     for snapshot in manifest.provenance.snapshots:
@@ -144,11 +175,10 @@ def _print_summary(console: Console, artifact: Path, manifest: Manifest) -> None
     for graph in manifest.graphs:
         console.print("graph     ", f"{graph.backend} for {graph.target}, {decimal(manifest.file[graph.path].bytes)}")
     parity = manifest.parity
-    console.print("parity    ", f"{parity['cases']} batches {parity['serving']};")
-    share = parity["quantization_max_share_of_bound"]
-    console.print(
-        "          ", f"at most {parity['quantization_max_error']:.3g} from float32, {share:.0%} of the bound"
-    )
+    console.print("parity    ", f"{parity.cases} batches {parity.serving};")
+    share = parity.quantization_max_share_of_bound
+    console.print("          ", f"at most {parity.quantization_max_error:.3g} from float32, {share:.0%} of the bound")
+    return text.getvalue()
 
 
 def _table_of_tables(manifest: Manifest) -> Table:
@@ -156,22 +186,23 @@ def _table_of_tables(manifest: Manifest) -> Table:
     view.add_column("table")
     for name in ("features", "rows", "dim", "stored as", "before", "after", "max error", "rel. L2", "cosine"):
         view.add_column(name, justify="left" if name == "features" else "right")
-    before = after = 0
-    for figures in manifest.accuracy["tables"]:
-        table = manifest.table[figures["table"]]
+    for figures in manifest.accuracy:
+        table = manifest.table[figures.table]
         features = [feature.name for feature in manifest.features if feature.table == table.name]
-        before, after = before + figures["bytes_before"], after + figures["bytes_after"]
         view.add_row(
             table.name,
             ", ".join(features),
             f"{table.num_embeddings:,}",
             str(table.embedding_dim),
             table.serving_precision,
-            decimal(figures["bytes_before"]),
-            decimal(figures["bytes_after"]),
-            *(_figure(figures[name]) for name in ("max_absolute_error", "relative_l2")),
-            "-" if figures["cosine"] is None else f"{figures['cosine']:.7f}",
+            decimal(figures.bytes_before),
+            decimal(figures.bytes_after),
+            _figure(figures.max_absolute_error),
+            _figure(figures.relative_l2),
+            "-" if figures.cosine is None else f"{figures.cosine:.7f}",
         )
+    before = sum(figures.bytes_before for figures in manifest.accuracy)
+    after = sum(figures.bytes_after for figures in manifest.accuracy)
     view.add_row("all", "", "", "", "", decimal(before), decimal(after), "", "", "")
     return view
 

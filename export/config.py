@@ -133,6 +133,13 @@ _BuiltGraph = Annotated[GraphKind, _built(GraphKind.TORCHSCRIPT)]
 _BuiltTarget = Annotated[Target, _built(Target.CPU)]
 
 
+def _unique(values: list[StrEnum]) -> list[StrEnum]:
+    for value in values:
+        if values.count(value) > 1:
+            raise PydanticCustomError(_OURS, f"'{value}' is listed twice")
+    return values
+
+
 def _refuse_surgery(value: object) -> None:
     if value is not None:
         raise PydanticCustomError(_OURS, "surgery is not supported by this version; remove the key")
@@ -156,8 +163,8 @@ def _check_feature_name(name: str) -> str:
 _TableName = Annotated[str, AfterValidator(_check_name)]
 _FeatureName = Annotated[str, AfterValidator(_check_feature_name)]
 _Count = Annotated[StrictInt, Field(ge=1, lt=2**63)]
-_Float = Annotated[float, Strict()]
-_Ratio = Annotated[_Float, Field(ge=0.0, allow_inf_nan=False)]
+_Float = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+_Ratio = Annotated[_Float, Field(ge=0.0)]
 
 
 class _Section(BaseModel):
@@ -303,8 +310,8 @@ class ServingConfig(_Section):
     """What to write."""
 
     precision: _BuiltPrecision = Precision.FP16
-    graphs: Annotated[list[_BuiltGraph], Field(min_length=1)] = [GraphKind.TORCHSCRIPT]
-    targets: Annotated[list[_BuiltTarget], Field(min_length=1)] = [Target.CPU]
+    graphs: Annotated[list[_BuiltGraph], Field(min_length=1), AfterValidator(_unique)] = [GraphKind.TORCHSCRIPT]
+    targets: Annotated[list[_BuiltTarget], Field(min_length=1), AfterValidator(_unique)] = [Target.CPU]
 
 
 class Budget(_Section):
@@ -332,7 +339,7 @@ class ParityConfig(_Section):
 
     seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = 0
     batches: _Count = 8
-    budgets: dict[Precision, Budget] = {}
+    budgets: dict[_BuiltPrecision, Budget] = {}
     table_budgets: dict[str, Budget] = {}
 
     def budget(self, table: str, precision: Precision) -> Budget:

@@ -85,6 +85,8 @@ class _PlainOpLookup(torch.nn.Module):
         if weights is not None and not self.all_weighted:
             weighted = torch.repeat_interleave(self.is_weighted, counts, output_size=values.size(0))
             weights = weights.masked_fill(~weighted, 1.0)
+        if weights is not None:
+            weights = weights.contiguous()  # FBGEMM reads them as if they were, whatever the strides
         pooled: torch.Tensor = torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function(
             self.weights,
             self.weights,

@@ -23,8 +23,9 @@ from export.errors import GateError
 from export.large_embeddings import LargeEmbeddings, torchrec_tables
 from runtime_py import Artifact, InvalidInputError, load_artifact
 from runtime_py.inputs import Request
+from runtime_py.manifest import ParitySummary
 
-__all__ = ["Case", "check_parity", "make_cases", "probe_ids"]
+__all__ = ["Case", "References", "Slot", "check_parity", "make_cases", "make_slots", "probe_ids"]
 
 _INT64 = np.iinfo(np.int64)
 
@@ -142,7 +143,10 @@ class References:
             torch.device("cpu"),
             table_name_to_quantized_weights={name: (rows.view(torch.uint8), None) for name, rows in stored.items()},
         )
-        self.error_bounds = {name: _conversion_error(rows, precisions[name]) for name, rows in self.trained.items()}
+        self.magnitudes = {name: rows.double().abs().numpy() for name, rows in self.trained.items()}
+        self.error_bounds = {
+            name: _conversion_error(magnitudes, precisions[name]) for name, magnitudes in self.magnitudes.items()
+        }
 
     def _eager_model(self, config: LargeEmbeddingsConfig, weighted: bool) -> LargeEmbeddings:
         """The weighted or the other tables; eager torch takes no weights where any table of a collection pools by mean."""
@@ -162,9 +166,9 @@ class References:
             )
         return renumbered
 
-    def features(self, case: Case, request: Request) -> KeyedJaggedTensor:
-        """The case as both references take it."""
-        numbers = [bag for bags in self.renumber(case) for bag in bags]
+    def features(self, case: Case, request: Request, renumbered: list[list[np.ndarray]]) -> KeyedJaggedTensor:
+        """The case, with its `renumbered` ids, as both references take it."""
+        numbers = [bag for bags in renumbered for bag in bags]
         weights = request.per_sample_weights
         if weights is not None:
             parts = weights.split([sum(len(bag) for bag in bags) for bags in case.bags])
@@ -193,13 +197,12 @@ class References:
         return {key: values for part in pooled for key, values in part.items()}
 
 
-def _conversion_error(trained: torch.Tensor, precision: Precision) -> np.ndarray:
-    """The largest error that storing each value may make, float64 [n, D].
+def _conversion_error(magnitudes: np.ndarray, precision: Precision) -> np.ndarray:
+    """The largest error that storing values of these magnitudes may make, float64 [n, D].
 
     fp16 rounds to nearest: half a unit in the last of 11 bits, 2**-11 |x|, and half of 2**-24 below the normal range
     (IEEE 754 binary16). fp32 stores what it gets.
     """
-    magnitudes = trained.double().abs().numpy()
     return np.zeros_like(magnitudes) if precision is Precision.FP32 else np.maximum(magnitudes * 2.0**-11, 2.0**-25)
 
 
@@ -213,8 +216,8 @@ def check_parity(
     cases: Sequence[Case],
     probes: Mapping[str, ProbeRows],
     seed: int,
-) -> dict[str, Any]:
-    """Runs every case through the staged artifact and both references, and returns the report.
+) -> tuple[ParitySummary, list[dict[str, Any]]]:
+    """Runs every case through the staged artifact and both references; returns the summary, and each case's outcome.
 
     Raises:
         GateError: naming the case, the feature, its table, the place and the numbers.
@@ -226,13 +229,14 @@ def check_parity(
     for number, case in enumerate(cases):
         request = case.request(references.slots, seed + number)
         results.append(_check_case(strict, lenient, references, case, request))
-    return {
-        "seed": seed,
-        "cases": results,
-        "serving": "bit-equal to torchrec's quantized EmbeddingBagCollection",
-        "quantization_max_error": max(result["max_error"] for result in results),
-        "quantization_max_share_of_bound": max(result["max_share_of_bound"] for result in results),
-    }
+    summary = ParitySummary(
+        seed=seed,
+        cases=len(cases),
+        serving="bit-equal to torchrec's quantized EmbeddingBagCollection",
+        quantization_max_error=max(result["max_error"] for result in results),
+        quantization_max_share_of_bound=max(result["max_share_of_bound"] for result in results),
+    )
+    return summary, results
 
 
 def _check_case(
@@ -246,10 +250,12 @@ def _check_case(
         raise GateError(f"parity case '{case.name}': the artifact changed its caller's tensors")
     if bad:
         _check_refusal(strict, case, request)
-    features = references.features(case, request)
+    renumbered = references.renumber(case)
+    features = references.features(case, request, renumbered)
     columns = dict(
         zip((slot.feature for slot in references.slots), pooled.split(_dims(references), dim=1), strict=True)
     )
+    _check_strided(artifact, case, request, pooled)
     _check_permuted(artifact, case, request, references.slots, pooled)
     bags = len(case.bags[0])
     largest = share = 0.0
@@ -258,7 +264,7 @@ def _check_case(
         for number, slot in enumerate(references.slots):
             got = columns[slot.feature]
             _check_equal(case, slot, got, quantized[slot.feature])
-            bound = _bound(references, case, features, number)
+            bound = _bound(references, slot, features, renumbered[number])
             error = np.abs(got.double().numpy() - eager[slot.feature].double().numpy())
             _check_bound(case, slot, error, bound)
             largest = max(largest, float(error.max()))
@@ -296,6 +302,13 @@ def _check_refusal(strict: Artifact, case: Case, request: Request) -> None:
     raise GateError(f"parity case '{case.name}': the loader accepted an id outside its table")
 
 
+def _check_strided(artifact: Artifact, case: Case, request: Request, pooled: torch.Tensor) -> None:
+    """The same batch in tensors whose values do not lie side by side gives the same answer."""
+    strided = [None if part is None else torch.stack([part, part + 1], dim=1)[:, 0] for part in request]
+    if not _same_bits(artifact.lookup(*strided), pooled):  # type: ignore[arg-type]
+        raise GateError(f"parity case '{case.name}': another memory layout of the request gives another answer")
+
+
 def _check_permuted(
     artifact: Artifact, case: Case, request: Request, slots: Sequence[Slot], pooled: torch.Tensor
 ) -> None:
@@ -326,20 +339,18 @@ def _check_equal(case: Case, slot: Slot, got: torch.Tensor, expected: torch.Tens
         )
 
 
-def _bound(references: References, case: Case, features: KeyedJaggedTensor, number: int) -> np.ndarray:
+def _bound(references: References, slot: Slot, features: KeyedJaggedTensor, rows: list[np.ndarray]) -> np.ndarray:
     """The largest distance that rounding alone explains, float64 [B, D], for one slot.
 
     Storing a row is off by at most `_conversion_error`. A float32 sum of L products, in any order, fused or not, is off
     by at most gamma(L) * sum |w x|, gamma(k) = k u / (1 - k u), u = 2**-24 (Higham, Accuracy and Stability of Numerical
     Algorithms, section 3.1); mean pooling adds two roundings. Both sides sum, hence twice.
     """
-    slot = references.slots[number]
     table = slot.table.name
-    rows = references.renumber(case)[number]
     weights = np.ones(sum(len(bag) for bag in rows))
     if features.weights_or_none() is not None:
         weights = features[slot.feature].weights().abs().double().numpy()
-    magnitudes, errors = references.trained[table].double().abs().numpy(), references.error_bounds[table]
+    magnitudes, errors = references.magnitudes[table], references.error_bounds[table]
     bound = np.zeros((len(rows), slot.table.embedding_dim))
     start = 0
     for bag, ids in enumerate(rows):

@@ -1,14 +1,15 @@
 """Publishing: an artifact appears under its name whole, or not at all.
 
-It is staged in a hidden folder beside the target, on the same file system, so that one rename publishes it. Every file
-and folder reaches the disk before the rename. A build that is killed leaves only its staging folder, which the next
-build into the same place removes: the folder is locked by the process that fills it, so a live build is left alone.
+It is staged beside the target, on the same file system, in a hidden container with a lock file, and one rename publishes
+it. Every file and folder reaches the disk before the rename. A build that is killed leaves only its container, which the
+next build of the same target removes: its lock is then free, while that of a live build is held.
 """
 
 import errno
 import fcntl
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,10 +19,12 @@ from export.errors import PublishError
 
 __all__ = ["publish", "staged", "write_file"]
 
+_LOCK = "export.lock"
+
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """A locked, empty staging folder for `target`, removed at the end unless it was published.
+    """An empty staging folder for `target`, removed at the end unless it was published.
 
     Raises:
         PublishError: the target exists, or its folder cannot be written; also for an OSError of the body, which
@@ -29,26 +32,27 @@ def staged(target: Path) -> Iterator[Path]:
     """
     _refuse_existing(target)
     prefix = f".{target.name}.staging-"
-    fd = -1
+    lock = -1
     made: list[Path] = []
-    staging: Path | None = None
+    container: Path | None = None
     try:
         made = [folder for folder in target.parents if not os.path.exists(folder)]  # innermost first
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.parent):  # or a build that begins just now takes ours, not yet locked, for abandoned
             _remove_abandoned(target.parent, prefix)
-            staging = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-            fd = _open_folder(staging)
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        staging.chmod(0o755)
+            container = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+            lock = os.open(container / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        staging = container / target.name
+        staging.mkdir()
         yield staging
     except OSError as error:
         raise _describe(error, target) from error
     finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-        if fd >= 0:
-            os.close(fd)
+        if container is not None:
+            shutil.rmtree(container, ignore_errors=True)
+        if lock >= 0:
+            os.close(lock)
         if not os.path.lexists(target):
             _remove_empty(made)
 
@@ -63,14 +67,18 @@ def publish(staging: Path, target: Path) -> None:
         for name in files:
             _fsync(Path(folder, name))
         _fsync(Path(folder))
-    _refuse_existing(target)
+    # A signal that arrives from here on waits, so that a stopped build can say whether it has published.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
+        _refuse_existing(target)
         staging.rename(target)
+        _fsync(target.parent)
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
             raise _existing(target) from error
         raise
-    _fsync(target.parent)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -95,10 +103,6 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _open_folder(path: Path) -> int:
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
-
-
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -110,18 +114,19 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _remove_abandoned(folder: Path, prefix: str) -> None:
+    """Removes the containers of builds that were killed: those whose lock, which only a container has, is free."""
     for path in [path for path in folder.iterdir() if path.name.startswith(prefix)]:
         try:
-            fd = _open_folder(path)
+            lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
-            continue  # gone, or not ours to judge
+            continue  # gone, or not ours
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path, ignore_errors=True)
         except BlockingIOError:
             continue  # another build fills it
         finally:
-            os.close(fd)
+            os.close(lock)
 
 
 def _fsync(path: Path) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
-from export.lookup import Lookup, WeightedLookup
+from export.lookup import OPERATOR_LIBRARIES, Lookup, WeightedLookup
+from export.publish import write_file
+from runtime_py.operators import load_operators
 
 __all__ = ["write_torchscript"]
 
@@ -18,13 +20,15 @@ _WRITER_ADDS = ("version", "byteorder", ".data/")
 
 def write_torchscript(lookup: Lookup | WeightedLookup, path: Path) -> None:
     """Scripts `lookup` and writes it; a few KB whatever the tables."""
-    buffer = io.BytesIO()
-    torch.jit.save(torch.jit.script(lookup), buffer)
-    buffer.seek(0)
-    reader = torch._C.PyTorchFileReader(buffer)
-    writer = torch._C.PyTorchFileWriter(str(path))
+    load_operators(OPERATOR_LIBRARIES)
+    scripted, result = io.BytesIO(), io.BytesIO()
+    torch.jit.save(torch.jit.script(lookup), scripted)
+    scripted.seek(0)
+    reader = torch._C.PyTorchFileReader(scripted)
+    writer = torch._C.PyTorchFileWriter(result)  # in memory: it aborts the process when the disk is full
     for name in reader.get_all_records():
         if not name.endswith(".debug_pkl") and not name.startswith(_WRITER_ADDS):
             data = reader.get_record(name)
             writer.write_record(name, data, len(data))
     writer.write_end_of_file()
+    write_file(path, result.getvalue())

@@ -116,15 +116,24 @@ def write_weight_file(path: Path, tables: Sequence[PlannedTable], workers: int) 
     return WrittenWeights(written, len(header), data_bytes, combine(TABLES, parts), stages)
 
 
+class _UnstorableError(Exception):
+    """A chunk has a value that its precision cannot hold."""
+
+
 def _write_table(fd: int, table: PlannedTable, position: int, workers: int, stages: dict[str, float]) -> Digest:
     def run(starts: range) -> tuple[bytes, dict[str, float]]:
         return _write_chunks(fd, table, position, starts)
 
     digests = []
-    for part, seconds in map_ordered(run, chunk_groups(table.num_embeddings, table.row_bytes), workers):
-        digests.append(part)
-        for stage, value in seconds.items():
-            stages[stage] += value
+    try:
+        for part, seconds in map_ordered(run, chunk_groups(table.num_embeddings, table.row_bytes), workers):
+            digests.append(part)
+            for stage, value in seconds.items():
+                stages[stage] += value
+    except _UnstorableError:
+        # Counted here and not by a worker, so that it is done once and a signal can stop it.
+        chunks = table.rows.chunks(chunk_rows(table.row_bytes))
+        raise describe_unstorable(table.name, chunks, table.precision) from None
     return combine(ROWS, digests)
 
 
@@ -141,7 +150,7 @@ def _write_chunks(fd: int, table: PlannedTable, position: int, starts: range) ->
         table.rows.read(start, source[:count])
         times.append(time.perf_counter())
         if not storable(source[:count], table.precision):
-            raise describe_unstorable(table.name, table.rows.chunks(size), table.precision)
+            raise _UnstorableError
         times.append(time.perf_counter())
         convert_rows(source[:count], stored[:count])
         times.append(time.perf_counter())

@@ -4,8 +4,8 @@
 mapping to it and warms it up. Nothing is copied: N processes that load one artifact hold one copy of the rows.
 """
 
-import importlib.util
 import io
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,8 @@ import torch
 
 from runtime_py.errors import GraphError, UnsupportedError
 from runtime_py.inputs import Request, RequestReader
-from runtime_py.manifest import Graph, Manifest
+from runtime_py.manifest import ROW_FORMATS, Graph, Manifest
+from runtime_py.operators import load_operators
 from runtime_py.verify import Verify, open_verified
 
 __all__ = ["Artifact", "Pooled", "load_artifact"]
@@ -165,22 +166,10 @@ def _choose_graph(manifest: Manifest, backend: str, device: str) -> Graph:
 
 
 def _load_operators(graph: Graph) -> None:
-    """Loads the FBGEMM libraries that the graph names, and no other: 4 ms where `import fbgemm_gpu` takes 550."""
-    spec = importlib.util.find_spec("fbgemm_gpu")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    if not folders:
-        raise GraphError(
-            f"{graph.path} needs FBGEMM's operators ({', '.join(graph.operator_libraries)}), and no fbgemm_gpu is "
-            f"installed; install fbgemm-gpu-cpu or fbgemm-gpu {graph.fbgemm_gpu}"
-        )
-    for name in graph.operator_libraries:
-        library = Path(folders[0], f"{name}.so")
-        try:
-            torch.ops.load_library(library)
-        except OSError as error:
-            raise GraphError(
-                f"{graph.path} needs {library}, which cannot be loaded: {error}; {_versions(graph)}"
-            ) from error
+    try:
+        load_operators(graph.operator_libraries)
+    except GraphError as error:
+        raise GraphError(f"{graph.path} {error}; {_versions(graph)}") from error
 
 
 def _load_torchscript(manifest: Manifest, graph: Graph, data: bytes) -> torch.jit.ScriptModule:
@@ -188,16 +177,34 @@ def _load_torchscript(manifest: Manifest, graph: Graph, data: bytes) -> torch.ji
         scripted: torch.jit.ScriptModule = torch.jit.load(io.BytesIO(data), map_location="cpu")
     except RuntimeError as error:
         raise GraphError(f"{graph.path} cannot be loaded: {_last_line(error)}; {_versions(graph)}") from error
-    weights, weights_bytes = getattr(scripted, "weights", None), getattr(scripted, "weights_bytes", None)
+    weights = getattr(scripted, "weights", None)
     if not isinstance(weights, torch.Tensor) or weights.dtype is not torch.uint8:
         raise GraphError(
             f"{graph.path} has no uint8 attribute 'weights' to attach the rows to; build the artifact again"
         )
-    if weights_bytes != manifest.weights_bytes:
-        raise GraphError(
-            f"{graph.path} reads {weights_bytes} bytes of rows, the weight file has {manifest.weights_bytes}"
-        )
+    for name, expected in _graph_attributes(manifest).items():
+        found = getattr(scripted, name, None)
+        found = found.tolist() if isinstance(found, torch.Tensor) else found
+        if found != expected:
+            raise GraphError(
+                f"{graph.path} was built for other rows: its {name} is {found}, the manifest says {expected}"
+            )
     return scripted
+
+
+def _graph_attributes(manifest: Manifest) -> dict[str, Any]:
+    """What the graph must hold to read these rows and no others, by attribute."""
+    tables = [manifest.table[feature.table] for feature in manifest.features]
+    ends = itertools.accumulate((table.embedding_dim for table in tables), initial=0)
+    return {
+        "weights_bytes": manifest.weights_bytes,
+        "weights_offsets": [table.offset_bytes for table in tables],
+        "weights_types": [ROW_FORMATS[table.serving_precision].sparse_type for table in tables],
+        "num_embeddings": [table.num_embeddings for table in tables],
+        "dim_offsets": list(ends),
+        "is_mean": [[feature.pooling == "mean"] for feature in manifest.features],
+        "is_weighted": [feature.weighted for feature in manifest.features],
+    }
 
 
 def _last_line(error: Exception) -> str:

@@ -142,10 +142,14 @@ class RequestReader:
             raise InvalidInputError("the KeyedJaggedTensor has another batch size for each key; give one batch size")
         if getattr(features, "inverse_indices_or_none", lambda: None)() is not None:
             raise InvalidInputError("the KeyedJaggedTensor has inverse indices; give the bags themselves")
-        values, lengths, weights = features.values(), features.lengths(), features.weights_or_none()
+        values = _integers("KeyedJaggedTensor: values", features.values())
+        lengths = _integers("KeyedJaggedTensor: lengths", features.lengths())
+        weights = features.weights_or_none()
         if (weights is not None) != bool(self._weighted):
             takes = f"features {sorted(self._weighted)} take" if self._weighted else "no feature takes"
             raise InvalidInputError(f"KeyedJaggedTensor: {takes} per-sample weights")
+        if weights is not None:
+            weights = _floats("KeyedJaggedTensor: weights", weights, values.numel())
         if keys == self.features:
             return Request(values, lengths, weights)
         if lengths.numel() % len(keys):
@@ -283,7 +287,7 @@ def _floats(what: str, data: Any, count: int) -> torch.Tensor:
         raise InvalidInputError(f"{what}: expected float32, got {_name(tensor.dtype)}")
     if tensor.numel() != count:
         raise InvalidInputError(f"{what}: {tensor.numel()} weights for {count} values")
-    return tensor.to(torch.float32)
+    return tensor.to(torch.float32).contiguous()
 
 
 def _tensor(what: str, data: Any, expected: str) -> torch.Tensor:
@@ -296,6 +300,10 @@ def _tensor(what: str, data: Any, expected: str) -> torch.Tensor:
             got = array.dtype if array.dtype.kind in "cu" else f"{data!r:.80}"
             raise InvalidInputError(f"{what}: expected {expected}, got {got}")
         data = torch.from_numpy(array)
+    if data.layout is not torch.strided or data.is_nested:
+        raise InvalidInputError(
+            f"{what}: expected a dense tensor, got {'a nested one' if data.is_nested else data.layout}"
+        )
     if data.dim() != 1:
         raise InvalidInputError(f"{what}: expected one dimension, got shape {list(data.shape)}")
     if data.device.type != "cpu":

@@ -30,9 +30,11 @@ __all__ = [
     "Graph",
     "Manifest",
     "Output",
+    "ParitySummary",
     "Provenance",
     "SnapshotIdentity",
     "Table",
+    "TableAccuracy",
     "parse_manifest",
     "read_manifest",
 ]
@@ -117,6 +119,40 @@ class File:
 
 
 @dataclass(frozen=True)
+class TableAccuracy:
+    """How far a table's stored rows, dequantized, are from its trained rows, in float32, over all E * D values.
+
+    relative_l2 = ||stored - trained|| / ||trained||, and cosine, treat the table as one vector; both are null where
+    the trained rows are all zero.
+    """
+
+    table: str
+    serving_precision: Literal["fp32", "fp16"]
+    rows: int
+    bytes_before: int
+    bytes_after: int
+    max_absolute_error: float
+    mean_absolute_error: float
+    relative_l2: float | None
+    cosine: float | None
+
+
+@dataclass(frozen=True)
+class ParitySummary:
+    """The outcome of the parity gate over its batches (`cases`), which `reports/parity.json` lists.
+
+    `serving` says what the graphs were compared with and how; the quantization figures are the largest distance from
+    the float32 model, and the largest share that it took of the bound that rounding explains.
+    """
+
+    seed: int
+    cases: int
+    serving: str
+    quantization_max_error: float
+    quantization_max_share_of_bound: float
+
+
+@dataclass(frozen=True)
 class SnapshotIdentity:
     """The training state that the rows came from; `digest` is of its index, not of its rows."""
 
@@ -150,8 +186,8 @@ class Manifest:
     weights_bytes: int
     graphs: list[Graph]
     files: list[File]
-    accuracy: Json
-    parity: Json
+    accuracy: list[TableAccuracy]
+    parity: ParitySummary
     provenance: Provenance
     manifest_digest: Digest
 
@@ -353,6 +389,14 @@ def _check_consistency(manifest: Manifest) -> None:
         raise ManifestError(f"files: '{WEIGHTS}' is not listed")
     for table in manifest.tables:
         _check_table(table)
+    for name in [table.name for table in manifest.tables] + [feature.name for feature in manifest.features]:
+        if not name or not name.isprintable():
+            raise ManifestError(f"{name!r} cannot name a table or a feature: a name is printable and not empty")
+    for figures in manifest.accuracy:
+        if figures.table not in manifest.table:
+            raise ManifestError(f"accuracy: table '{figures.table}' is not in the manifest")
+    for snapshot in manifest.provenance.snapshots:
+        _check_hex(f"snapshot '{snapshot.uri}'", snapshot.digest)
     for feature in manifest.features:
         if feature.table not in manifest.table:
             raise ManifestError(f"feature '{feature.name}': table '{feature.table}' is not in the manifest")

@@ -38,6 +38,7 @@ from runtime_py.manifest import (
     Graph,
     Manifest,
     Output,
+    ParitySummary,
     Provenance,
     Table,
     compute_artifact_id,
@@ -73,6 +74,9 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return build_artifact(config, folder / "artifact", workers=2).artifact
 
     return build
+
+
+SIXTEEN_BYTES = {"name": "zzz", "num_embeddings": 1, "embedding_dim": 8, "data_type": "fp32"}
 
 
 def edited_tables(edit: Callable[[list[dict[str, Any]]], object]) -> list[dict[str, Any]]:
@@ -294,28 +298,47 @@ def test_a_graph_of_other_rows_is_refused_by_its_bytes(artifact_copy: Path, buil
     replace_graph(artifact_copy, (other / GRAPH).read_bytes())
     ours, theirs = (read_manifest(folder).weights_bytes for folder in (artifact_copy, other))
     assert theirs == ours + 16
-    text = f"{GRAPH} reads {theirs} bytes of rows, the weight file has {ours}"
+    text = f"{GRAPH} was built for other rows: its weights_bytes is {theirs}, the manifest says {ours}"
     with pytest.raises(GraphError, match=f"^{re.escape(text)}"):
         load_artifact(artifact_copy)
 
 
 @pytest.mark.parametrize(
-    "edit",
+    ("edit", "attribute"),
     [
-        lambda tables: tables[1].update(feature_names=["item"]),
-        lambda tables: tables[1].update(feature_names=["item", "last_item", "first_item"]),
-        lambda tables: tables[0].update(weighted=True),
-        lambda tables: tables[0].update(num_embeddings=8, embedding_dim=300),
+        (lambda tables: tables[1].update(feature_names=["item"]), "weights_offsets"),
+        (lambda tables: tables[1].update(feature_names=["item", "last_item", "first_item"]), "weights_offsets"),
+        (lambda tables: tables.reverse(), "weights_offsets"),
+        (lambda tables: tables[3].update(embedding_dim=8, serving_precision="fp16"), "weights_types"),
+        (lambda tables: (tables[0].update(num_embeddings=299), tables.append(SIXTEEN_BYTES)), "weights_offsets"),
+        (lambda tables: tables[0].update(num_embeddings=150, embedding_dim=16), "weights_offsets"),
+        (lambda tables: tables[1].update(num_embeddings=123, embedding_dim=1), "num_embeddings"),
+        (lambda tables: tables[0].update(pooling="mean"), "is_mean"),
+        (lambda tables: tables[0].update(weighted=True), "is_weighted"),
     ],
-    ids=["fewer features", "more features", "weights", "other dims"],
+    ids=[
+        "fewer features",
+        "more features",
+        "order of features",
+        "precision",
+        "number of rows",
+        "dims",
+        "rows and dims",
+        "pooling",
+        "weights",
+    ],
 )
-def test_a_graph_of_another_signature_over_as_many_bytes_is_refused(
-    artifact_copy: Path, build: Callable[..., Path], edit: Callable[[list[dict[str, Any]]], object]
+def test_a_graph_of_another_lookup_over_as_many_bytes_is_refused(
+    artifact_copy: Path,
+    build: Callable[..., Path],
+    edit: Callable[[list[dict[str, Any]]], object],
+    attribute: str,
 ) -> None:
+    """Each would give wrong vectors, most of them without an error."""
     other = build(edited_tables(edit))
     assert read_manifest(other).weights_bytes == read_manifest(artifact_copy).weights_bytes
     replace_graph(artifact_copy, (other / GRAPH).read_bytes())
-    with pytest.raises(GraphError, match=f"^{GRAPH} "):
+    with pytest.raises(GraphError, match=f"^{GRAPH} was built for other rows: its {attribute} is "):
         load_artifact(artifact_copy)
 
 
@@ -326,6 +349,58 @@ def test_an_unweighted_graph_of_a_weighted_artifact_is_refused(
     replace_graph(folder, (built_artifact / GRAPH).read_bytes())
     with pytest.raises(GraphError, match=f"^{GRAPH} "):
         load_artifact(folder)
+
+
+class Constant(torch.nn.Module):
+    """Says all that the graph of an artifact has to say, and gives something else than it."""
+
+    def __init__(self, graph: Path, pooled: torch.Tensor) -> None:
+        super().__init__()
+        original = torch.jit.load(graph)
+        self.weights_bytes = int(original.weights_bytes)
+        for name, value in original.named_buffers():
+            self.register_buffer(name, value)
+        self.register_buffer("pooled", pooled)
+
+    def forward(self, values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return self.pooled
+
+
+class Pair(Constant):
+    def forward(self, values: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.pooled, self.pooled
+
+
+class NoLengths(Constant):
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return self.pooled
+
+
+class Raising(Constant):
+    def forward(self, values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return self.pooled.view(7, -1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pooled", "text"),
+    [
+        (Constant, torch.zeros(1, 34, dtype=torch.float64), "expected [1, 34] float32"),
+        (Constant, torch.zeros(1, 33), "expected [1, 34] float32"),
+        (Constant, torch.zeros(2, 34), "expected [1, 34] float32"),
+        (Constant, torch.zeros(34), "expected [1, 34] float32"),
+        (Pair, torch.zeros(1, 34), "expected [1, 34] float32"),
+        (NoLengths, torch.zeros(1, 34), "forward() expected at most 2 argument(s)"),
+        (Raising, torch.zeros(1, 34), "shape '[7, -1]' is invalid"),
+    ],
+    ids=["float64", "too narrow", "two bags", "no batch", "two tensors", "no lengths", "an error"],
+)
+def test_a_graph_that_takes_or_gives_something_else_is_refused(
+    artifact_copy: Path, kind: type[Constant], pooled: torch.Tensor, text: str
+) -> None:
+    scripted = torch.jit.script(kind(artifact_copy / GRAPH, pooled))
+    replace_graph(artifact_copy, saved(torch.jit.save, scripted))
+    with pytest.raises(GraphError, match=f"^{GRAPH} .*{re.escape(text)}"):
+        load_artifact(artifact_copy)
 
 
 class Identity(torch.nn.Module):
@@ -466,7 +541,8 @@ except GraphError as error:
     assert result.stdout.splitlines() == [
         manifest.artifact_id,
         f"{GRAPH} needs FBGEMM's operators ({libraries}), and no fbgemm_gpu is installed; install fbgemm-gpu-cpu or "
-        f"fbgemm-gpu {manifest.graphs[0].fbgemm_gpu}",
+        f"fbgemm-gpu; it was built with torch {manifest.graphs[0].torch} and FBGEMM {manifest.graphs[0].fbgemm_gpu}, "
+        f"this is torch {torch.__version__}",
     ]
 
 
@@ -525,8 +601,8 @@ def huge(tmp_path: Path) -> Path:
             File(WEIGHTS, len(header) + 5 * 2**30, Digest("sha256-tables", "b" * 64)),
             File(GRAPH, len(graph), sha256(graph)),
         ],
-        accuracy={},
-        parity={},
+        accuracy=[],
+        parity=ParitySummary(0, 0, "", 0.0, 0.0),
         provenance=Provenance([], {}, {}, ""),
         manifest_digest=Digest("", ""),
     )

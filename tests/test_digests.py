@@ -14,7 +14,7 @@ from support import make_rows
 
 from runtime_py import DigestMismatchError
 from runtime_py.digests import Digest, chunk_groups, chunk_rows, combine, sha256
-from runtime_py.manifest import Feature, File, Graph, Manifest, Output, Provenance, Table
+from runtime_py.manifest import Feature, File, Graph, Manifest, Output, ParitySummary, Provenance, Table
 from runtime_py.weights import WeightFile, encode_header, layout_tables
 
 MIB = 1 << 20
@@ -138,8 +138,8 @@ def write_weights(folder: Path, shapes: list[tuple[int, int, str]], seed: int) -
         weights_bytes=len(data),
         graphs=[Graph("torchscript", "cpu", "graph", [], "", "")],
         files=[File(WEIGHTS, len(header) + len(data), whole)],
-        accuracy={},
-        parity={},
+        accuracy=[],
+        parity=ParitySummary(0, 0, "", 0.0, 0.0),
         provenance=Provenance([], {}, {}, ""),
         manifest_digest=Digest("", ""),
     )

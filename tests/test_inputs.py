@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from runtime_py import Artifact, InvalidInputError, Jagged, load_artifact
 from runtime_py.inputs import Request
 
 Bags = Mapping[str, Sequence[Sequence[int]]]
-NUMBERS = "(numbers|float32|int64 or int32)"
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 SIZES = {
@@ -36,6 +35,15 @@ BAGS: dict[str, list[list[int]]] = {
 # Weights of the weighted features of `WEIGHTED_TABLES`, in the order of their ids.
 WEIGHTED = {"user": [0.5, -2.0, 1.0, 0.25, 3.0], "age": [1.5, 0.1, 0.7]}
 WEIGHTED_TABLES: list[dict[str, Any]] = [{**table, "weighted": table["name"] in WEIGHTED} for table in TABLES]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The kernel waits for all of its threads, which takes long where other processes want the cores too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +100,8 @@ def with_bags(**features: Any) -> dict[str, Any]:
 
 
 def refused(call: Callable[[], object], text: str) -> None:
-    """The call is refused with a message that begins with `text`, in which NUMBERS is any way to say that."""
-    with pytest.raises(InvalidInputError, match="^" + re.escape(text).replace("NUMBERS", NUMBERS)):
+    """The call is refused with a message that begins with `text`."""
+    with pytest.raises(InvalidInputError, match="^" + re.escape(text)):
         call()
 
 
@@ -313,7 +321,7 @@ def test_unwanted_weights_are_refused(artifact: Artifact, weighted: Artifact) ->
         ([], "feature 'user': per_sample_weights: 0 weights for 2 values"),
         ([1, 2], "feature 'user': per_sample_weights: expected float32, got int64"),
         ([True, False], "feature 'user': per_sample_weights: expected float32, got bool"),
-        (["1", "2"], "feature 'user': per_sample_weights: expected NUMBERS, got ['1', '2']"),
+        (["1", "2"], "feature 'user': per_sample_weights: expected float32, got ['1', '2']"),
         ([[1.0], [2.0]], "feature 'user': per_sample_weights: expected one dimension, got shape [2, 1]"),
         ([1j, 2j], "feature 'user': per_sample_weights: expected float32, got complex128"),
     ],
@@ -453,16 +461,16 @@ JAGGED = "feature 'user': "
         (Jagged([0.5], [1]), "values: expected int64 or int32, got float64"),
         (Jagged([True], [1]), "values: expected int64 or int32, got bool"),
         (Jagged(torch.tensor([3.0]), [1]), "values: expected int64 or int32, got float32"),
-        (Jagged(["3"], [1]), "values: expected NUMBERS, got ['3']"),
-        (Jagged(None, [1]), "values: expected NUMBERS, got None"),
+        (Jagged(["3"], [1]), "values: expected int64 or int32, got ['3']"),
+        (Jagged(None, [1]), "values: expected int64 or int32, got None"),
         (Jagged([[3]], [1]), "values: expected one dimension, got shape [1, 1]"),
-        (Jagged([[3], [5, 6]], [1]), "values: expected NUMBERS, got [[3], [5, 6]]"),
+        (Jagged([[3], [5, 6]], [1]), "values: expected int64 or int32, got [[3], [5, 6]]"),
         (Jagged(3, [1]), "values: expected one dimension, got shape []"),
         (Jagged([3], [1.0]), "lengths: expected int64 or int32, got float64"),
         (Jagged([3], [True]), "lengths: expected int64 or int32, got bool"),
         (Jagged([3], 1), "lengths: expected one dimension, got shape []"),
         (Jagged([3], [[1]]), "lengths: expected one dimension, got shape [1, 1]"),
-        (Jagged([3], ["1"]), "lengths: expected NUMBERS, got ['1']"),
+        (Jagged([3], ["1"]), "lengths: expected int64 or int32, got ['1']"),
         (Jagged([3], [2**31]), "lengths: 2147483648 does not fit int32"),
         (Jagged([3], torch.tensor([2**40])), "lengths: 1099511627776 does not fit int32"),
         (Jagged([3], [2]), "lengths add up to 2, and there are 1 values"),
@@ -480,9 +488,33 @@ def test_a_jagged_feature_that_does_not_hold_together_is_refused(artifact: Artif
 
 @pytest.mark.parametrize("values", [[2**63], [2**64], np.array([3], np.uint64)], ids=shown)
 def test_values_beyond_int64_are_refused_with_the_type_that_is_expected(artifact: Artifact, values: object) -> None:
-    """They are numbers, so that "expected numbers" would send the reader the wrong way."""
     with pytest.raises(InvalidInputError, match=r"feature 'user': values: expected int64"):
         artifact(with_bags(user=Jagged(values, [1])))
+
+
+UNUSUAL = {
+    "another byte order": np.array([1], ">i8"),
+    "long double": np.array([1], np.longdouble),
+    "tensors with a gradient": [torch.tensor(1.0, requires_grad=True)],
+    "dates": np.array(["2026-11-23"], "datetime64[D]"),
+    "records": np.array([(1, 2)], "i4,i4"),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_what_numpy_holds_and_torch_does_not_is_refused_by_name(
+    artifact: Artifact, weighted: Artifact, kind: str
+) -> None:
+    refused(
+        lambda: artifact(with_bags(user=Jagged(UNUSUAL[kind], [1]))), "feature 'user': values: expected int64 or int32"
+    )
+    refused(
+        lambda: artifact(with_bags(user=Jagged([1], UNUSUAL[kind]))), "feature 'user': lengths: expected int64 or int32"
+    )
+    with_weights = with_bags(user=Jagged([1], [1], UNUSUAL[kind]), age=Jagged([0], [1], [1.0]))
+    if kind != "another byte order":
+        refused(lambda: weighted(with_weights), "feature 'user': per_sample_weights: expected float32")
+        refused(lambda: artifact(with_bags(user=[UNUSUAL[kind]])), "feature 'user', bag 0: ")
 
 
 @pytest.mark.parametrize("length", [INT64_MIN, -(2**31) - 1, -(2**31), -1])
@@ -525,7 +557,7 @@ def test_a_keyed_jagged_tensor_with_inverse_indices_is_refused(artifact: Artifac
 
 def test_more_ids_than_fbgemm_can_count_are_refused(artifact: Artifact) -> None:
     values = torch.zeros(1, dtype=torch.int64).expand(2**31)  # 8 bytes, seen 2**31 times
-    lengths = torch.tensor([2**31 - 1, 1, 0, 0, 0])
+    lengths = torch.ones(5, dtype=torch.int32)  # too few, so that nothing this large is ever computed
     refused(lambda: artifact.lookup(values, lengths), "values: 2147483648 ids; a request has fewer than 2**31")
 
 
@@ -541,6 +573,28 @@ def test_a_keyed_jagged_tensor_that_does_not_hold_together_is_refused(artifact: 
         artifact(features(3, [1 if name != "tag" else -1 for name in keys]))
     with pytest.raises(InvalidInputError, match=r"lengths"):
         artifact(features(4, [1, 1, 1, 1]))
+
+
+@pytest.mark.parametrize("keys", [FEATURES, FEATURES[::-1]], ids=["in order", "reversed"])
+def test_the_tensors_of_a_keyed_jagged_tensor_are_checked_in_any_key_order(
+    artifact: Artifact, weighted: Artifact, keys: list[str]
+) -> None:
+    zeros, ones, weights = torch.zeros(5, dtype=torch.int64), torch.ones(5, dtype=torch.int32), torch.ones(5)
+    cases: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, str]] = [
+        (zeros.float(), ones, None, "values: expected int64 or int32, got float32"),
+        (zeros.view(5, 1), ones, None, "values: expected one dimension, got shape [5, 1]"),
+        (zeros.view(1, 5), ones, None, "values: expected one dimension, got shape [1, 5]"),
+        (zeros, ones.view(5, 1), None, "lengths: expected one dimension, got shape [5, 1]"),
+        (zeros.to("meta"), ones.to("meta"), None, "values: expected a tensor on the CPU, got one on meta"),
+        (zeros, ones, weights[:4], "weights: 4 weights for 5 values"),
+        (zeros, ones, torch.ones(6), "weights: 6 weights for 5 values"),
+        (zeros, ones, ones, "weights: expected float32, got int32"),
+        (zeros, ones, weights.view(5, 1), "weights: expected one dimension, got shape [5, 1]"),
+    ]
+    for values, lengths, given_weights, text in cases:
+        loaded = artifact if given_weights is None else weighted
+        batch = KeyedJaggedTensor(keys=keys, values=values, lengths=lengths, weights=given_weights, stride=1)
+        refused(lambda loaded=loaded, batch=batch: loaded(batch), f"KeyedJaggedTensor: {text}")
 
 
 def test_the_raw_signature_is_checked(artifact: Artifact) -> None:
@@ -559,8 +613,8 @@ def test_the_raw_signature_is_checked(artifact: Artifact) -> None:
         (zeros, ones.view(5, 1), "lengths: expected one dimension, got shape [5, 1]"),
         (zeros.to("meta"), ones, "values: expected a tensor on the CPU, got one on meta"),
         (zeros, ones.to("meta"), "lengths: expected a tensor on the CPU, got one on meta"),
-        (["a"], ones, "values: expected NUMBERS, got ['a']"),
-        (None, ones, "values: expected NUMBERS, got None"),
+        (["a"], ones, "values: expected int64 or int32, got ['a']"),
+        (None, ones, "values: expected int64 or int32, got None"),
         (zeros, torch.tensor([2, 1, 1, 2, -1]), "feature 'age': length of bag 0 is -1; a length is 0 or more"),
         # Lengths whose sum in int32 would be 5.
         (zeros, torch.tensor([2**31 - 1, 2**31 - 1, 7, 0, 0]), "lengths add up to 4294967301 (user 2147483647, "),
@@ -597,16 +651,16 @@ def test_every_feature_with_ids_outside_is_named_with_the_first_of_them_and_thei
     bags = {
         "user": [[], [299, 300, -1], [], [10**6]],
         "item": [[0], [0], [], [0]],
-        "last_item": [[], [], [], [40, 41]],
-        "tag": [[-7], [0], [], []],
+        "last_item": [[], [40], [41], []],
+        "tag": [[-7], [0], [7], []],
         "age": [[0], [0], [0], [0]],
     }
     with pytest.raises(InvalidInputError) as caught:
         artifact(bags)
     assert str(caught.value) == (
         "feature 'user', bag 1, position 1: id 300 is outside [0, 299] (and 2 more); "
-        "feature 'last_item', bag 3, position 1: id 41 is outside [0, 40]; "
-        "feature 'tag', bag 0, position 0: id -7 is outside [0, 6]"
+        "feature 'last_item', bag 2, position 0: id 41 is outside [0, 40]; "
+        "feature 'tag', bag 0, position 0: id -7 is outside [0, 6] (and 1 more)"
     )
 
 
@@ -687,6 +741,13 @@ def test_read_only_arrays_are_accepted(artifact: Artifact) -> None:
     assert torch.equal(artifact(with_bags(user=[values])).values, expected)
 
 
+def test_the_graph_is_given_its_own_types(weighted: Artifact) -> None:
+    values, lengths = raw(BAGS)
+    weights = torch.ones(len(values), dtype=torch.float64)
+    checked = weighted._reader.check(Request(values.to(torch.int32), lengths.to(torch.int64), weights), ids=True)
+    assert [tensor.dtype for tensor in checked] == [torch.int64, torch.int32, torch.float32]
+
+
 def test_a_batch_in_the_graphs_own_types_is_not_copied(artifact: Artifact) -> None:
     values, lengths = raw(BAGS)
     checked = artifact._reader.check(Request(values, lengths, None), ids=True)
@@ -705,37 +766,53 @@ def batches(draw: st.DrawFn, inside: bool = True) -> dict[str, list[list[int]]]:
     def bag(size: int) -> st.SearchStrategy[list[int]]:
         rows = st.one_of(st.integers(0, min(size - 1, 3)), st.integers(0, size - 1))
         if not inside:
-            rows = st.one_of(rows, st.integers(INT64_MIN, INT64_MAX), st.sampled_from([-1, size]))
+            rows = st.one_of(rows, rows, st.integers(INT64_MIN, INT64_MAX), st.sampled_from([-1, size]))
         return st.lists(rows, max_size=20)
 
     return {name: draw(st.lists(bag(SIZES[name]), min_size=batch, max_size=batch)) for name in FEATURES}
 
 
 @given(batches())
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 def test_any_batch_gives_what_the_reference_gives_to_the_last_bit(
     artifact: Artifact, stored: dict[str, np.ndarray], bags: Bags
 ) -> None:
     assert torch.equal(artifact(bags).values, expected_values(artifact, stored, bags))
 
 
+def describe_outside(bags: Bags) -> str:
+    """The message that a batch with ids outside must give, in plain loops."""
+    parts = []
+    for name in FEATURES:
+        outside = [
+            f"feature '{name}', bag {bag}, position {position}: id {row} is outside [0, {SIZES[name] - 1}]"
+            for bag, rows in enumerate(bags[name])
+            for position, row in enumerate(rows)
+            if not 0 <= row < SIZES[name]
+        ]
+        if outside:
+            parts.append(outside[0] + (f" (and {len(outside) - 1} more)" if outside[1:] else ""))
+    return "; ".join(parts)
+
+
 @given(batches(inside=False))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 def test_any_batch_with_ids_outside_gives_what_the_reference_gives_to_the_last_bit(
     artifact: Artifact, zeroing: Artifact, stored: dict[str, np.ndarray], bags: Bags
 ) -> None:
-    """And the loader that refuses such ids refuses exactly the batches that have one."""
+    """And the loader that refuses such ids refuses exactly the batches that have one, and says where."""
     expected = expected_values(zeroing, stored, bags)
     assert torch.equal(zeroing(bags).values, expected)
-    if all(0 <= row < SIZES[name] for name, batch in bags.items() for bag in batch for row in bag):
-        assert torch.equal(artifact(bags).values, expected)
-    else:
-        with pytest.raises(InvalidInputError, match="is outside"):
+    if describe_outside(bags):
+        with pytest.raises(InvalidInputError) as caught:
             artifact(bags)
+        assert str(caught.value) == describe_outside(bags)
+    else:
+        assert torch.equal(artifact(bags).values, expected)
 
 
 @given(batches(), st.permutations(FEATURES))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 def test_the_order_of_the_features_makes_no_difference(artifact: Artifact, bags: Bags, names: list[str]) -> None:
     expected = artifact(bags).values
     assert torch.equal(artifact({name: bags[name] for name in names}).values, expected)
@@ -743,6 +820,6 @@ def test_the_order_of_the_features_makes_no_difference(artifact: Artifact, bags:
 
 
 @given(batches())
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 def test_a_call_by_name_is_a_lookup_in_the_raw_signature(artifact: Artifact, bags: Bags) -> None:
     assert torch.equal(artifact(bags).values, artifact.lookup(*raw(bags)))

@@ -96,8 +96,8 @@ def manifest(built_artifact: Path) -> Manifest:
 
 # --- Walking the real manifest ---------------------------------------------------------------------------------------
 
-# What the build was asked and what it measured: JSON objects that version 1 does not define further.
-OPEN = [("accuracy",), ("parity",), ("provenance", "configuration")]
+# What the build was asked: a JSON object that version 1 does not define further.
+OPEN = [("provenance", "configuration")]
 # Objects whose keys are free, with values of a given type.
 MAPS = [("provenance", "tools")]
 
@@ -218,9 +218,11 @@ def test_a_missing_field_is_refused_at_every_level(document: Document) -> None:
         assert str(error) == f"field '{spell(path)}' is missing"
 
 
+NULLABLE = ("step", "relative_l2", "cosine")
 WRONG: Mapping[type, list[object]] = {
     str: [7, None, True, [], {}],
     int: ["7", None, True, 7.0, []],
+    float: ["0.5", None, True, 1, []],
     bool: [0, 1, "true", None],
     list: [{}, "", None, 0],
     dict: [[], "", None, 0],
@@ -233,8 +235,8 @@ def test_a_wrong_type_is_refused_at_every_level(document: Document) -> None:
             continue
         kind = int if path[-1] == "step" else type(value)
         for wrong in WRONG[kind]:
-            if path[-1] == "step" and wrong is None:
-                continue  # a step may be null
+            if path[-1] in NULLABLE and wrong is None:
+                continue
             edited = copy.deepcopy(document)
             at(edited, path[:-1])[path[-1]] = wrong
             error = refusal(seal(edited), f"{spell(path)} = {wrong!r}")
@@ -424,7 +426,7 @@ def test_a_feature_of_an_unknown_table_is_refused(document: Document) -> None:
 def test_an_artifact_without_features_or_without_tables_is_refused(document: Document, field: str) -> None:
     document |= {"features": [], "outputs": []}
     if field == "tables":
-        document |= {"tables": [], "weights_bytes": 0}
+        document |= {"tables": [], "weights_bytes": 0, "accuracy": []}
         document["files"][0]["bytes"] = HEADER_BYTES
     document["artifact_id"] = identify(document)
     assert re.fullmatch("(features|tables): an artifact has at least one", str(refusal(seal(document))))
@@ -478,6 +480,22 @@ CONTRADICTIONS: list[tuple[str, Edit, str]] = [
     ("number of rows", put("tables", 3, "num_embeddings", value=2), "artifact_id is "),
     ("pooling", put("features", 0, "pooling", value="mean"), "artifact_id is "),
     ("rows' digest", put("tables", 0, "digest", "value", value="a" * 64), "artifact_id is "),
+    (
+        "accuracy of an unknown table",
+        put("accuracy", 0, "table", value="users"),
+        "accuracy: table 'users' is not in the manifest",
+    ),
+    (
+        "snapshot's digest",
+        put("provenance", "snapshots", 0, "digest", "value", value="ab"),
+        "snapshot '",
+    ),
+    ("nameless table", put("tables", 0, "name", value=""), "'' cannot name a table or a feature: a name is printable"),
+    (
+        "feature with a line feed",
+        put("features", 0, "name", value="us\ner"),
+        "'us\\ner' cannot name a table or a feature: a name is printable and not empty",
+    ),
     ("no graph", lambda document: document["graphs"].clear(), "graphs: an artifact has at least one"),
     (
         "graph that is not listed",
@@ -579,8 +597,8 @@ def test_the_artifact_id_ignores_provenance_reports_and_the_bytes_of_files(manif
     other = replace(
         manifest,
         provenance=replace(manifest.provenance, built_at="1970", snapshots=[], tools={}, configuration={}),
-        accuracy={"figures": 1},
-        parity={},
+        accuracy=[],
+        parity=replace(manifest.parity, seed=99),
         files=[replace(file, digest=digest, bytes=1) for file in manifest.files],
         graphs=[graph],
         manifest_digest=digest,

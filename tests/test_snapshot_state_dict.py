@@ -191,7 +191,7 @@ def test_a_sparse_table_is_refused(tmp_path: Path) -> None:
 
 def test_a_table_on_the_meta_device_is_refused_as_it_has_no_values(tmp_path: Path) -> None:
     path = save(tmp_path, {"user": TABLE.to("meta")})
-    assert refusal(path, "user").startswith(f"{path}: 'user'")
+    assert refusal(path, "user").startswith(f"{path}: 'user' is stored without values")
 
 
 def test_two_tensors_with_one_joined_name_are_refused(tmp_path: Path) -> None:

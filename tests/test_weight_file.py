@@ -171,7 +171,11 @@ def test_the_time_of_every_stage_is_reported(written: tuple[Path, WrittenWeights
 def test_a_table_of_any_name_that_the_configuration_takes_is_found_by_the_library(tmp_path: Path, name: str) -> None:
     weights = write(tmp_path, {name: torch.ones(3, 2)}, {name: "fp16"})
     assert weights.tables[0].name == name
-    assert torch.equal(load_file(tmp_path / "tables.safetensors")[name], torch.ones(3, 2, dtype=torch.float16))
+    path = tmp_path / "tables.safetensors"
+    assert torch.equal(load_file(path)[name], torch.ones(3, 2, dtype=torch.float16))
+    escaped = name.replace("\\", "\\\\").replace('"', '\\"')  # and nothing else is, says artifacts/FORMAT.md
+    header = f'{{"{escaped}":{{"dtype":"F16","shape":[3,2],"data_offsets":[0,12]}}}}'.encode()
+    assert path.read_bytes()[8:4096] == header.ljust(4088)
 
 
 # --- Layout --------------------------------------------------------------------------------------------------------
@@ -203,10 +207,10 @@ def test_a_longer_header_is_padded_to_the_next_page(tmp_path: Path, tables: int,
 
 
 def test_tables_follow_one_another_by_the_alignment_of_their_rows_then_by_name(tmp_path: Path) -> None:
-    # In the order of the file. Row bytes: 8192 and 4096 are both aligned to 4096, the largest that counts.
+    # In the order of the file. Rows of 8192 bytes count as aligned to 4096, the largest power that counts.
     shapes = {
-        "a8192": (1, 2048, "fp32"),
-        "b4096": (2, 1024, "fp32"),
+        "a4096": (2, 1024, "fp32"),
+        "b8192": (1, 2048, "fp32"),
         "c12288": (1, 6144, "fp16"),
         "a128": (3, 64, "fp16"),
         "b384": (2, 96, "fp32"),

@@ -267,6 +267,15 @@ def mappings(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture
+def written_back(artifact_copy: Path) -> Path:
+    """A copy that nothing else maps, on the disk: the kernel counts a page that is not yet there as dirty."""
+    fd = os.open(artifact_copy / WEIGHTS, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+    return artifact_copy
+
+
+@pytest.fixture
 def mapped(built_artifact: Path) -> Iterator[torch.Tensor]:
     with WeightFile(built_artifact, read_manifest(built_artifact)) as weights:
         yield weights.map()
@@ -278,22 +287,21 @@ def test_the_mapping_is_the_data_of_the_file(built_artifact: Path, mapped: torch
     assert mapped.data_ptr() % PAGE == 0
 
 
-def test_two_loads_in_one_process_share_pages_that_nobody_can_write(built_artifact: Path) -> None:
-    before = len(mappings(built_artifact / WEIGHTS))
-    artifacts = [load_artifact(built_artifact) for _ in range(2)]
+def test_two_loads_in_one_process_share_pages_that_nobody_can_write(written_back: Path) -> None:
+    artifacts = [load_artifact(written_back) for _ in range(2)]
     request = {name: [[0]] for name in FEATURES}
     first, second = (artifact(request).values for artifact in artifacts)
     assert torch.equal(first, second)
 
-    found = mappings(built_artifact / WEIGHTS)
-    assert len(found) - before == 2
+    found = mappings(written_back / WEIGHTS)
+    assert len(found) == 2
     for mapping in found:
         assert mapping[""] == "r--s"
         assert mapping["Anonymous"] == "0"
         assert mapping["Private_Dirty"] == "0"
 
 
-def test_two_processes_share_pages_and_a_write_is_a_segmentation_fault(built_artifact: Path) -> None:
+def test_two_processes_share_pages_and_a_write_is_a_segmentation_fault(written_back: Path) -> None:
     """As documented: the rows cannot be changed by accident, in this process or for another."""
     program = """
 import resource, sys
@@ -307,10 +315,10 @@ print(int(weights.sum()), flush=True)
 sys.stdin.readline()
 weights[0] = 1
 """
-    with WeightFile(built_artifact, read_manifest(built_artifact)) as weights:
+    with WeightFile(written_back, read_manifest(written_back)) as weights:
         mapped = weights.map()
         child = subprocess.Popen(
-            [sys.executable, "-c", program, str(built_artifact)],
+            [sys.executable, "-c", program, str(written_back)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -319,11 +327,12 @@ weights[0] = 1
             assert child.stdin is not None
             assert child.stdout is not None
             assert int(child.stdout.readline()) == int(mapped.sum())  # both have touched every page
-            for mapping in mappings(built_artifact / WEIGHTS):
+            for mapping in mappings(written_back / WEIGHTS):
                 assert mapping[""] == "r--s"
                 assert mapping["Anonymous"] == "0"
-                assert int(mapping["Private_Clean"]) + int(mapping["Private_Dirty"]) == 0
-                assert mapping["Rss"] != "0"
+                assert mapping["Private_Dirty"] == "0"
+                shared_kb = int(mapping["Shared_Clean"]) + int(mapping["Shared_Dirty"])
+                assert shared_kb * 1024 >= mapped.numel()
             child.stdin.write("\n")
             child.stdin.close()
             assert child.wait() == -signal.SIGSEGV

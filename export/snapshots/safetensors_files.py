@@ -54,7 +54,7 @@ class SafetensorsIndex:
             header, data_start = _read_header(file)
             headers.update(header)
             entries = _parse_header(file, header)
-            _check_tiling(file, entries)
+            _check_tiling(file, entries, file.stat().st_size - data_start)
             for name, entry in entries.items():
                 if names is None or name in names:
                     self._add(file, name, entry, data_start)
@@ -139,8 +139,8 @@ def _parse_header(file: Path, header: bytes) -> dict[str, Any]:
     return entries
 
 
-def _check_tiling(file: Path, entries: dict[str, Any]) -> None:
-    """Every entry is well formed, and their data follow one another without hole or overlap, as the format demands."""
+def _check_tiling(file: Path, entries: dict[str, Any], data_bytes: int) -> None:
+    """Every entry is well formed, and their data fill the file without hole or overlap, as the format demands."""
     ends = {}
     for name, entry in entries.items():
         try:
@@ -158,3 +158,5 @@ def _check_tiling(file: Path, entries: dict[str, Any]) -> None:
         if start != position:
             raise SnapshotError(f"{file}: '{name}' starts at byte {start} of the data, expected {position}")
         position = end
+    if position > data_bytes:
+        raise SnapshotError(f"{file}: has {data_bytes} bytes of data, its header says {position}; it was truncated")

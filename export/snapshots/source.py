@@ -24,6 +24,7 @@ _INDEXES: dict[SnapshotFormat, Callable[[Path], SnapshotIndex]] = {
     SnapshotFormat.SAFETENSORS: SafetensorsIndex,
     SnapshotFormat.STATE_DICT: StateDictIndex,
 }
+_BAGS = "embedding_bags."
 _DTYPES = {DataType.FP32: torch.float32, DataType.FP16: torch.float16}
 
 
@@ -34,6 +35,11 @@ class Snapshot:
         self._path = path
         self._prefix = config.prefix
         self._index = index
+        self._by_end: dict[str, list[str]] = {}
+        for name in index.tensors:
+            before, bags, after = name.rpartition(_BAGS)
+            if bags and (not before or before.endswith(".")):
+                self._by_end.setdefault(bags + after, []).append(name)
         self.identity = SnapshotIdentity(config.uri, index.format, step, index.digest)
 
     def table(self, table: EmbeddingBagConfig, stored_name: str | None = None) -> TableRows:
@@ -58,14 +64,14 @@ class Snapshot:
         return TableRows(tensor, self._index.locate(tensor.name))
 
     def _find(self, table: str, stored_name: str) -> StoredTensor:
-        end = f"embedding_bags.{stored_name}.weight"
+        end = f"{_BAGS}{stored_name}.weight"
         names = self._index.tensors
         if self._prefix is not None:
             wanted = f"{self._prefix.rstrip('.')}.{end}" if self._prefix else end
             found = [wanted] if wanted in names else []
         else:
             wanted = f"…{end}"
-            found = [name for name in names if name == end or name.endswith(f".{end}")]
+            found = self._by_end.get(end, [])
         if len(found) > 1:
             raise SnapshotError(
                 f"table '{table}': {self._path} has {len(found)} candidates: {', '.join(found)}; "
@@ -107,26 +113,43 @@ def _choose_step(root: Path, step: int | None) -> tuple[Path, int | None]:
         entries = sorted(root.iterdir())
     except OSError as error:
         raise SnapshotError(f"{root}: cannot be read: {error.strerror}") from error
+    numbered = [
+        (int(name), path) for path in entries if (name := path.stem if path.is_file() else path.name).isdecimal()
+    ]
     steps: dict[int, Path] = {}
-    for path in entries:
-        name = path.stem if path.is_file() else path.name
-        if name.isdecimal():
-            other = steps.setdefault(int(name), path)
-            if other != path:
-                raise SnapshotError(f"{root}: '{other.name}' and '{path.name}' are the same step; remove one of them")
-    complete = [number for number in sorted(steps) if _format_of(steps[number]) is not None]
-    have = f"complete steps: {', '.join(map(str, complete)) or 'none'}"
+    incomplete = []
+    for number, path in sorted(numbered):
+        if not _is_complete(path):
+            incomplete.append(path.name)
+        elif number in steps:
+            raise SnapshotError(
+                f"{root}: '{steps[number].name}' and '{path.name}' are the same step; remove one of them"
+            )
+        else:
+            steps[number] = path
+    have = f"complete steps: {', '.join(map(str, steps)) or 'none'}"
     if any(path.suffix == ".distcp" for path in entries):
         have += f"; it has shards itself, and no commit mark ({METADATA})"
-    incomplete = [str(number) for number in sorted(steps) if number not in complete]
     if incomplete:
-        have += f"; without a commit mark ({METADATA}, {SNAPSHOT_METADATA}): {', '.join(incomplete)}"
-    if step is None and complete:
-        step = complete[-1]
-    if step is None or step not in complete:
+        marks = f"{METADATA}, {SNAPSHOT_METADATA}"
+        have += f"; incomplete (without a commit mark, {marks}, or with files cut short): {', '.join(incomplete)}"
+    if step is None and steps:
+        step = max(steps)
+    if step is None or step not in steps:
         wanted = "snapshot" if step is None else f"step {step}"
         raise SnapshotError(f"{root}: no complete {wanted}; {have}")
     return steps[step], step
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether a step was written to its end: its commit mark is there or, of files that have none, all their bytes."""
+    kind = _format_of(path)
+    if kind is SnapshotFormat.SAFETENSORS:
+        try:
+            SafetensorsIndex(path)
+        except SnapshotError:
+            return False
+    return kind is not None
 
 
 def _detect(path: Path) -> SnapshotFormat:
