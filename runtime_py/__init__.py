@@ -5,7 +5,8 @@
     pooled = artifact({"user_id": [[3, 5], []], "item_id": [[7], [1, 2]]})
 
 Modules: `artifact` (load and look up), `inputs` (requests and their checks), `verify` (is it what was published),
-`weights` (the mapped weight file), `manifest` (the contract), `digests`, `parallel`, `errors`.
+`weights` (the mapped weight file), `manifest` (the contract), `operators`
+(FBGEMM's libraries), `digests`, `parallel`, `errors`.
 """
 
 from runtime_py.artifact import Artifact, Pooled, load_artifact

@@ -117,6 +117,8 @@ class Artifact:
                 pooled = self._run(Request(values, lengths, weights))
             except RuntimeError as error:
                 raise GraphError(f"{path} does not run on the manifest's features: {_last_line(error)}") from error
+            if not isinstance(pooled, torch.Tensor):
+                raise GraphError(f"{path} gives a {type(pooled).__name__}, expected a tensor")
             if pooled.shape != (1, width) or pooled.dtype is not torch.float32:
                 raise GraphError(f"{path} gives {list(pooled.shape)} {pooled.dtype}, expected [1, {width}] float32")
 

@@ -255,7 +255,7 @@ def _ids(where: str, bag: Any) -> np.ndarray:
     """One bag as int64 [L]."""
     try:
         array = np.asarray(bag.detach() if isinstance(bag, torch.Tensor) else bag)
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise InvalidInputError(f"{where}: expected ids, got {bag!r:.80}") from error
     if array.ndim != 1:
         raise InvalidInputError(f"{where}: expected a flat sequence of ids, got shape {list(array.shape)}")
@@ -294,12 +294,12 @@ def _tensor(what: str, data: Any, expected: str) -> torch.Tensor:
     if not isinstance(data, torch.Tensor):
         try:
             array = np.array(data)
-        except (TypeError, ValueError, OverflowError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise InvalidInputError(f"{what}: expected {expected}, got {data!r:.80}") from error
-        if array.dtype.kind not in "biuf" or array.dtype == np.uint64:
-            got = array.dtype if array.dtype.kind in "cu" else f"{data!r:.80}"
+        if array.dtype.kind not in "biuf" or array.dtype in (np.uint64, np.longdouble):
+            got = array.dtype if array.dtype.kind in "cuf" else f"{data!r:.80}"
             raise InvalidInputError(f"{what}: expected {expected}, got {got}")
-        data = torch.from_numpy(array)
+        data = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
     if data.layout is not torch.strided or data.is_nested:
         raise InvalidInputError(
             f"{what}: expected a dense tensor, got {'a nested one' if data.is_nested else data.layout}"

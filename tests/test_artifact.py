@@ -170,6 +170,25 @@ def test_every_dim_precision_and_pooling_equals_the_reference_to_the_last_bit(ma
         assert pooled[name].numpy().tobytes() == values.tobytes(), name
 
 
+def test_weights_may_lie_in_any_memory(build: Callable[..., Path]) -> None:
+    """FBGEMM reads them one after the other, whatever their strides; here no feature's are replaced on the way."""
+    tables = [{**table, "weighted": True} for table in TABLES[:2]]
+    artifact = load_artifact(build(tables))
+    values, lengths = torch.tensor([1, 2, 3, 4, 5, 6]), torch.tensor([2, 2, 2], dtype=torch.int32)
+    weights = torch.tensor([0.5, -1.0, 2.0, 3.0, 0.25, 7.0])
+    expected = artifact.lookup(values, lengths, weights)
+    rows = make_rows(tables)["user"].half().float()
+    assert torch.equal(expected[0, :8], 0.5 * rows[1] - rows[2])
+
+    strided = weights.repeat_interleave(3)[::3]
+    assert torch.equal(artifact.lookup(values.repeat_interleave(3)[::3], lengths, strided), expected)
+    features = {
+        name: Jagged(values[2 * i : 2 * i + 2], [2], weights.repeat_interleave(2)[4 * i : 4 * i + 4 : 2])
+        for i, name in enumerate(["user", "item", "last_item"])
+    }
+    assert torch.equal(artifact(features).values, expected)
+
+
 @pytest.mark.parametrize("batch", [0, 1, 2, 1000])
 def test_any_batch_size_works_with_and_without_ids(artifact: Artifact, batch: int) -> None:
     empty = artifact({name: [[]] * batch for name in FEATURES}).values
@@ -388,7 +407,7 @@ class Raising(Constant):
         (Constant, torch.zeros(1, 33), "expected [1, 34] float32"),
         (Constant, torch.zeros(2, 34), "expected [1, 34] float32"),
         (Constant, torch.zeros(34), "expected [1, 34] float32"),
-        (Pair, torch.zeros(1, 34), "expected [1, 34] float32"),
+        (Pair, torch.zeros(1, 34), "gives a tuple, expected a tensor"),
         (NoLengths, torch.zeros(1, 34), "forward() expected at most 2 argument(s)"),
         (Raising, torch.zeros(1, 34), "shape '[7, -1]' is invalid"),
     ],

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -151,10 +152,10 @@ def test_the_reports_hold_what_the_manifest_sums_up(built_artifact):
     manifest = verify_artifact(built_artifact)
     accuracy = json.loads((built_artifact / "reports/accuracy.json").read_text())
     parity = json.loads((built_artifact / "reports/parity.json").read_text())
-    assert manifest.accuracy == accuracy
-    assert [table["table"] for table in accuracy["tables"]] == [table["name"] for table in TABLES]
-    assert manifest.parity["cases"] == len(parity["cases"])
-    assert manifest.parity["quantization_max_error"] == max(case["max_error"] for case in parity["cases"])
+    assert [asdict(figures) for figures in manifest.accuracy] == accuracy["tables"]
+    assert [figures.table for figures in manifest.accuracy] == [table["name"] for table in TABLES]
+    assert manifest.parity.cases == len(parity["cases"])
+    assert manifest.parity.quantization_max_error == max(case["max_error"] for case in parity["cases"])
 
 
 def test_provenance_says_which_snapshot_step_tools_and_configuration(built_artifact, dcp_snapshot):

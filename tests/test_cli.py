@@ -132,15 +132,16 @@ def test_an_unreadable_folder_is_one_line(release, tmp_path):
     assert "closed" in line
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
-    """A real file system of 1 MiB; the rows need 2."""
-    tables = [{"name": "t", "num_embeddings": 16384, "embedding_dim": 64, "data_type": "fp32"}]
-    torch.save({"embedding_bags.t.weight": torch.zeros(16384, 64)}, tmp_path / "s.pt")
+@pytest.mark.parametrize(("size", "rows"), [("1m", 16384), ("12k", 16)], ids=["rows", "graph"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, size, rows):
+    """A real file system: one that has no room for the rows (2 MiB), and one for no more than the rows."""
+    tables = [{"name": "t", "num_embeddings": rows, "embedding_dim": 64, "data_type": "fp32"}]
+    torch.save({"embedding_bags.t.weight": torch.zeros(rows, 64)}, tmp_path / "s.pt")
     config = write_config(tmp_path / "c.yaml", tmp_path / "s.pt", tables)
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", small], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", small], capture_output=True, check=False
     ).returncode:
         pytest.skip("needs the right to mount a tmpfs")
     try:
@@ -148,6 +149,18 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
         assert "the disk is full" in line
     finally:
         subprocess.run(["umount", small], check=True)
+
+
+def test_a_summary_that_cannot_be_written_is_said_and_the_artifact_stays(release):
+    config, out = release
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "export", "build", "--config", config, "--output", out / "artifact"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"error: {out / 'artifact'} is complete, but its summary could not be written: No space left on device"
+    )
+    verify_artifact(out / "artifact")
 
 
 def test_an_existing_target_is_refused_and_left_as_it_was(release):

@@ -139,6 +139,27 @@ def test_weights_of_an_unweighted_feature_are_not_read_and_those_of_a_weighted_o
     assert type(make_lookup(TABLES, FEATURES)) is Lookup
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda tensor: torch.stack([tensor, tensor + 1], 1)[:, 0],
+        lambda tensor: torch.stack([tensor + 1, tensor], 1)[:, 1],
+    ],
+    ids=["first of two columns", "second of two columns"],
+)
+def test_the_memory_layout_of_a_request_does_not_matter(layout):
+    """FBGEMM reads weights as if they lay side by side: strides, and it would read past them."""
+    features = [Feature("a", "a", "sum", True), Feature("c", "c", "sum", True)]
+    module = make_lookup(TABLES, features)
+    module.weights, _ = fill(TABLES)
+    request = torch.tensor([1, 2, 3, 4]), torch.tensor([2, 2], dtype=torch.int32), torch.tensor([0.5, 2.0, -1.0, 3.0])
+    expected = module(*request)
+    for lookup in (module, torch.jit.script(module)):
+        assert torch.equal(lookup(*map(layout, request)), expected)
+    one = torch.tensor([0.5]).expand(4)
+    assert torch.equal(module(*request[:2], one), module(*request[:2], torch.full((4,), 0.5)))
+
+
 _GUARDED = """
 import ctypes, mmap, sys
 import numpy as np, torch

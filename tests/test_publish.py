@@ -85,8 +85,8 @@ class Build:
 def test_what_was_staged_is_published_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
     target = tmp_path / "artifact"
     with staged(target) as staging:
-        assert staging.parent == tmp_path
-        assert staging.name.startswith(".artifact.staging-")
+        assert staging.parent.parent == tmp_path
+        assert staging.parent.name.startswith(".artifact.staging-")
         assert tree(staging) == {}
         fill(staging)
         assert not target.exists()
@@ -200,7 +200,8 @@ def test_a_target_that_appears_while_the_artifact_is_built_is_refused_and_kept(t
     with pytest.raises(PublishError) as caught, staged(target) as staging:
         fill(staging)
         occupy(target, kind)
-        before = {path: data for path, data in tree(tmp_path).items() if not path.startswith(staging.name)}
+        hidden = staging.relative_to(tmp_path).parts[0]
+        before = {path: data for path, data in tree(tmp_path).items() if not path.startswith(hidden)}
         publish(staging, target)
     assert str(caught.value) == f"{target}: exists already; an artifact is never changed, choose another --output"
     assert tree(tmp_path) == before
@@ -228,10 +229,12 @@ def test_the_next_build_removes_what_a_killed_one_left_and_spares_a_live_one(tmp
 
 @pytest.mark.parametrize("name", ["artifact[1]", "*", "a?c", "[!x]", "[", "two words", "-x", "ünï"])
 def test_what_a_killed_build_left_is_found_under_any_name(tmp_path: Path, name: str) -> None:
-    left = tmp_path / f".{name}.staging-abandoned"
-    write_file(left / "half", b"half")
-    with staged(tmp_path / name):
-        assert not left.exists()
+    killed = Build(tmp_path / name)
+    killed.kill()
+    assert killed.staging.exists()
+    with staged(tmp_path / name) as staging:
+        assert not killed.staging.exists()
+        assert os.listdir(tmp_path) == [staging.relative_to(tmp_path).parts[0]]
 
 
 def test_what_only_looks_like_a_staging_folder_is_left_alone(tmp_path: Path) -> None:
@@ -241,6 +244,7 @@ def test_what_only_looks_like_a_staging_folder_is_left_alone(tmp_path: Path) -> 
     (tmp_path / ".artifact.staging-link").symlink_to(precious)
     write_file(tmp_path / ".other.staging-x" / "half", b"of another artifact")
     write_file(tmp_path / "artifact.staging-x" / "file", b"not hidden")
+    write_file(tmp_path / ".artifact.staging-notes" / "file", b"without the lock that every staging has")
     before = tree(tmp_path)
     with staged(tmp_path / "artifact"):
         pass

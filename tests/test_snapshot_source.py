@@ -163,6 +163,16 @@ def test_a_step_without_its_commit_mark_is_skipped(steps: Path) -> None:
     assert torch.equal(rows, torch.full((6, 4), 80.0))
 
 
+def test_a_step_whose_safetensors_file_was_cut_short_is_skipped(tmp_path: Path) -> None:
+    for step in (9, 80):
+        (tmp_path / str(step)).mkdir()
+        write_safetensors(tmp_path / str(step) / "model.safetensors", {"user": torch.full((6, 4), float(step))})
+    newest = tmp_path / "80" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert read(tmp_path)[1].step == 9
+    assert "incomplete" in refusal(tmp_path, step=80)
+
+
 def test_a_step_that_is_missing_lists_those_that_are_there(steps: Path) -> None:
     assert refusal(steps, step=10) == f"{steps}: no complete step 10; complete steps: 9, 80, 700"
 
@@ -170,7 +180,8 @@ def test_a_step_that_is_missing_lists_those_that_are_there(steps: Path) -> None:
 def test_a_step_that_is_incomplete_is_refused_with_the_others(steps: Path) -> None:
     (steps / "700" / METADATA).unlink()
     assert refusal(steps, step=700) == (
-        f"{steps}: no complete step 700; complete steps: 9, 80; without a commit mark (.metadata, .snapshot_metadata): 700"
+        f"{steps}: no complete step 700; complete steps: 9, 80; "
+        "incomplete (without a commit mark, .metadata, .snapshot_metadata, or with files cut short): 700"
     )
 
 
@@ -179,7 +190,7 @@ def test_steps_of_which_none_is_complete_are_refused(steps: Path) -> None:
         (steps / step / METADATA).unlink()
     assert refusal(steps) == (
         f"{steps}: no complete snapshot; complete steps: none; "
-        "without a commit mark (.metadata, .snapshot_metadata): 9, 80, 700"
+        "incomplete (without a commit mark, .metadata, .snapshot_metadata, or with files cut short): 9, 80, 700"
     )
 
 
@@ -358,3 +369,19 @@ def test_a_table_of_another_type_is_refused_with_both_types(
 def test_a_step_is_named_where_its_table_does_not_fit(steps: Path) -> None:
     table = EmbeddingBagConfig.model_validate({**USER.model_dump(), "num_embeddings": 7})
     assert refusal(steps, table).startswith(f"table 'user': {steps / '700'} has '{PREFIX}.{STORED}' of shape [6, 4]")
+
+
+def test_marker_files_beside_a_step_are_no_steps(steps: Path) -> None:
+    for name in ("700.done", "700.json", "800.lock"):
+        (steps / name).write_text("")
+    assert read(steps)[1].step == 700
+
+
+def test_a_safetensors_step_that_is_cut_short_is_not_taken(tmp_path: Path) -> None:
+    rows = state_dict({"user": TABLE})
+    for step in ("3", "4"):
+        (tmp_path / step).mkdir()
+        save_file(rows, tmp_path / step / "model.safetensors")
+    path = tmp_path / "4" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert read(tmp_path)[1].step == 3
