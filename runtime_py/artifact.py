@@ -7,8 +7,10 @@ mapping to it and warms it up. Nothing is copied: N processes that load one arti
 import io
 import itertools
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -29,7 +31,7 @@ class Pooled:
     """The pooled embeddings of one batch: `values` float32 [B, sum(D)], and a view of them by output key."""
 
     values: torch.Tensor
-    columns: dict[str, tuple[int, int]]
+    columns: Mapping[str, tuple[int, int]]
 
     def keys(self) -> list[str]:
         """The output keys, in column order."""
@@ -56,11 +58,12 @@ class Artifact:
         self._graph = graph
         self._reader = RequestReader(manifest)
         self._check_ids = invalid_ids == "error"
-        self._columns: dict[str, tuple[int, int]] = {}
+        columns: dict[str, tuple[int, int]] = {}
         end = 0
         for output in manifest.outputs:
-            self._columns[output.key] = (end, end + output.dim)
+            columns[output.key] = (end, end + output.dim)
             end += output.dim
+        self._columns = MappingProxyType(columns)  # every answer shows it
 
     def __repr__(self) -> str:
         return f"Artifact({self.manifest.artifact_id[:12]}, features={self._reader.features})"
@@ -177,7 +180,7 @@ def _load_operators(graph: Graph) -> None:
 def _load_torchscript(manifest: Manifest, graph: Graph, data: bytes) -> torch.jit.ScriptModule:
     try:
         scripted: torch.jit.ScriptModule = torch.jit.load(io.BytesIO(data), map_location="cpu")
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         raise GraphError(f"{graph.path} cannot be loaded: {_last_line(error)}; {_versions(graph)}") from error
     weights = getattr(scripted, "weights", None)
     if not isinstance(weights, torch.Tensor) or weights.dtype is not torch.uint8:

@@ -50,7 +50,8 @@ class RequestReader:
         """A mapping by feature name, or a `KeyedJaggedTensor` in any key order, as a request.
 
         A mapping's values are one of: a sequence of B bags, each a sequence of ids; a `Jagged`, or torchrec's
-        `JaggedTensor`. `KeyedJaggedTensor` is recognised by its methods, so that torchrec need not be imported.
+        `JaggedTensor` (a plain pair of values and lengths is two bags). `KeyedJaggedTensor` is recognised by its
+        methods, so that torchrec need not be imported.
 
         Raises:
             InvalidInputError: a feature is missing or unknown, batch sizes differ, or something is no id.
@@ -171,7 +172,7 @@ class RequestReader:
         """Checks a request in the raw signature, and returns it with the graph's dtypes.
 
         Args:
-            request: values and lengths of any integer type, weights of any float type.
+            request: values and lengths of int64 or int32, weights of any float type.
             ids: whether an id outside its table is an error; otherwise the graph makes it a zero vector.
 
         Raises:

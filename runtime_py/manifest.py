@@ -302,7 +302,8 @@ def parse_manifest(data: bytes) -> Manifest:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> Json:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ManifestError(f"is damaged: a key is given twice among {sorted(key for key, _ in pairs)}")
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ManifestError(f"is damaged: the key '{twice}' is given twice")
     return result
 
 

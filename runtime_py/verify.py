@@ -56,7 +56,8 @@ def open_verified(artifact: Path, verify: Verify, threads: int | None = None) ->
     if verify not in ("full", "sizes"):
         raise ValueError(f"verify must be 'full' or 'sizes', got {verify!r}")
     if not artifact.is_dir():
-        raise MissingFileError(f"{artifact}: no such folder; give the folder that 'export build' wrote")
+        what = "is no folder" if artifact.exists() else "no such folder"
+        raise MissingFileError(f"{artifact}: {what}; give the folder that 'export build' wrote")
     manifest = read_manifest(artifact)
     try:
         _check_files(artifact, manifest)

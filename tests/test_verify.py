@@ -240,7 +240,7 @@ def test_the_message_names_every_file_of_the_first_kind_that_applies(artifact_co
 def test_what_is_no_folder_is_refused(tmp_path: Path, built_artifact: Path) -> None:
     with pytest.raises(MissingFileError, match=f"{tmp_path}/none: no such folder; give the folder that 'export build'"):
         verify_artifact(tmp_path / "none")
-    with pytest.raises(MissingFileError, match=f"{built_artifact}/manifest.json: no such folder"):
+    with pytest.raises(MissingFileError, match=f"{built_artifact}/manifest.json: is no folder"):
         verify_artifact(built_artifact / MANIFEST)
 
 
