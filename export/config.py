@@ -235,8 +235,8 @@ class OptimizerConfig(_Section):
 class EmbeddingSnapshot(_Section):
     """Another snapshot, and the table in it, whose rows a table takes."""
 
-    emb_name: str
-    embedding_snapshot_uri: str
+    emb_name: Annotated[str, Field(min_length=1)]
+    embedding_snapshot_uri: Annotated[str, Field(min_length=1)]
 
 
 class EmbeddingBagConfig(_Section):
@@ -300,7 +300,7 @@ class LargeEmbeddingsConfig(_Section):
 class SnapshotConfig(_Section):
     """Where the trained rows are."""
 
-    uri: str
+    uri: Annotated[str, Field(min_length=1)]
     format: SnapshotFormat = SnapshotFormat.AUTO
     step: Annotated[StrictInt, Field(ge=0)] | None = None
     prefix: str | None = None

@@ -74,7 +74,7 @@ def publish(staging: Path, target: Path) -> None:
         staging.rename(target)
         _fsync(target.parent)
     except OSError as error:
-        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise _existing(target) from error
         raise
     finally:

@@ -46,6 +46,8 @@ def describe_unstorable(table: str, chunks: Iterable[tuple[int, torch.Tensor]], 
     found = _Unstorable()
     limit = _OVERFLOWS[precision]
     for start, rows in chunks:
+        if storable(rows, precision):
+            continue
         magnitudes = rows.float().abs()
         kinds = {
             "NaN": magnitudes.isnan(),

@@ -148,7 +148,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, size, rows):
         (line,) = refused(config, small)
         assert "the disk is full" in line
     finally:
-        subprocess.run(["umount", small], check=True)
+        subprocess.run(["umount", "--lazy", small], check=True)
 
 
 def test_a_summary_that_cannot_be_written_is_said_and_the_artifact_stays(release):
