@@ -94,8 +94,9 @@ def build_artifact(
     if not isinstance(config, ReleaseConfig):
         config = load_config(config)
     target = Path(os.path.abspath(output))
-    for path in (target, config.snapshot.uri):
-        _refuse_undecodable(str(path))
+    pretrained = [table.pretrained for table in config.large_embeddings.tables if table.pretrained is not None]
+    for path in (str(target), config.snapshot.uri, *(source.embedding_snapshot_uri for source in pretrained)):
+        _refuse_undecodable(path)
     clock = _Clock(report)
     with staged(target) as staging:
         with clock.phase("snapshot"):

@@ -14,7 +14,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from export.errors import SnapshotError
-from export.snapshots.rows import Blob, StoredTensor
+from export.snapshots.rows import Blob, StoredTensor, read_commit_mark
 from export.snapshots.torch_files import FileSlice, TorchFile
 from runtime_py.digests import sha256
 
@@ -70,12 +70,7 @@ class DcpIndex:
         """
         self._path = path
         file = path / METADATA
-        try:
-            data = file.read_bytes()
-        except FileNotFoundError as error:
-            raise SnapshotError(f"{file}: is missing: the snapshot was never completed") from error
-        except OSError as error:
-            raise SnapshotError(f"{file}: cannot be read: {error.strerror}") from error
+        data = read_commit_mark(file)
         self.digest = sha256(data)
         self.tensors: dict[str, StoredTensor] = {}
         self._shards: dict[str, list[_Shard]] = {}

@@ -16,7 +16,7 @@ from export.errors import SnapshotError
 from runtime_py.digests import Digest
 from runtime_py.weights import tensor_bytes
 
-__all__ = ["Blob", "SnapshotIndex", "StoredTensor", "TableRows"]
+__all__ = ["Blob", "SnapshotIndex", "StoredTensor", "TableRows", "read_commit_mark"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,20 @@ class SnapshotIndex(Protocol):
 
     def locate(self, name: str) -> list[Blob]:
         """The blobs of one 2-D tensor; raises SnapshotError where the files are not what the index says."""
+
+
+def read_commit_mark(file: Path) -> bytes:
+    """The bytes of the file that a format writes last, and that says what the others hold.
+
+    Raises:
+        SnapshotError: it is missing, so the snapshot was never completed, or cannot be read.
+    """
+    try:
+        return file.read_bytes()
+    except FileNotFoundError as error:
+        raise SnapshotError(f"{file}: is missing: the snapshot was never completed") from error
+    except OSError as error:
+        raise SnapshotError(f"{file}: cannot be read: {error.strerror}") from error
 
 
 class TableRows:

@@ -70,7 +70,7 @@ class SafetensorsIndex:
         expected = dtype.itemsize
         for size in shape:
             expected *= size
-        if entry["dtype"] in _TYPES and (start < 0 or end - start != expected):
+        if entry["dtype"] in _TYPES and end - start != expected:
             raise SnapshotError(
                 f"{file}: '{name}' has {end - start} bytes, expected {expected} for {shape} {entry['dtype']}"
             )

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from export.errors import SnapshotError
-from export.snapshots.rows import Blob, StoredTensor
+from export.snapshots.rows import Blob, StoredTensor, read_commit_mark
 from runtime_py.digests import sha256
 
 __all__ = ["SNAPSHOT_METADATA", "TorchsnapshotIndex"]
@@ -38,12 +38,7 @@ class TorchsnapshotIndex:
         """
         self._path = path
         self._file = path / SNAPSHOT_METADATA
-        try:
-            data = self._file.read_bytes()
-        except FileNotFoundError as error:
-            raise SnapshotError(f"{self._file}: is missing: the snapshot was never completed") from error
-        except OSError as error:
-            raise SnapshotError(f"{self._file}: cannot be read: {error.strerror}") from error
+        data = read_commit_mark(self._file)
         self.digest = sha256(data)
         self.tensors: dict[str, StoredTensor] = {}
         self._parts: dict[str, list[dict[str, Any]]] = {}
