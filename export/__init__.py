@@ -5,8 +5,10 @@
     print(result.manifest.artifact_id)
 
 Modules: `cli` (the command line), `build` (the main path), `config` (the release configuration), `large_embeddings`
-(the model), `snapshots` (the only reader of checkpoints), `quantize` (rows), `weight_file`, `lookup` (the plain-op module),
-`torchscript`, `accuracy` and `parity` (the gates), `publish`, `errors`.
+(the model), `storage` (files and URLs, read alike), `snapshots` (the only reader of checkpoints), `quantize` and
+`weight_file` (rows), `rows`, `journal` and `ranks` (the rows phase: resumed, and shared by several processes),
+`entities` (the only reader of parquet), `vocabulary` (entity id to row), `lookup` (the plain-op module),
+`torchscript`, `accuracy` and `parity` (the gates), `publish`, `progress`, `errors`.
 """
 
 import importlib

@@ -1,8 +1,8 @@
-"""Parity question 1 and the accuracy of every row: the staged rows against the snapshot's, all of them, in one pass.
+"""Parity question 1, and what storing rows cost: figures over every row of a table.
 
-The rows are read a second time, from the snapshot and from the staged file, and the stored bytes are derived again with
-numpy, independently of the torch code that wrote them. On the way the pass picks up the few rows that the lookups of
-`export.parity` need, so that no later check reads a table again.
+What float32 becomes in fp16 is derived again from the definition of the type, without the instruction that converts; every
+other pair of types is exact, and the stored value must equal the trained one. Both happen to a chunk while it is in the
+cache, in the one pass that writes it; that the file holds these bytes is what its digests say.
 """
 
 import math
@@ -13,14 +13,11 @@ import torch
 
 from export.config import Budget, Precision
 from export.errors import GateError
-from export.quantize import STORED_TYPES
-from export.weight_file import PlannedTable
-from runtime_py.digests import chunk_groups, chunk_rows
 from runtime_py.manifest import TableAccuracy
-from runtime_py.parallel import map_ordered
-from runtime_py.weights import WeightFile, tensor_bytes
 
-__all__ = ["ProbeRows", "check_budget", "examine_table"]
+__all__ = ["ErrorSums", "Examiner", "ProbeRows", "check_budget"]
+
+_BLOCK = 1 << 18  # values
 
 
 @dataclass(frozen=True)
@@ -32,107 +29,109 @@ class ProbeRows:
     stored: torch.Tensor
 
 
-def examine_table(
-    table: PlannedTable, weights: WeightFile, probe_ids: np.ndarray, workers: int
-) -> tuple[TableAccuracy, ProbeRows]:
-    """Compares every stored row of a table with the snapshot's, and picks up the rows `probe_ids` (ascending).
+@dataclass
+class ErrorSums:
+    """Error sums over blocks of values: float32 within a block, float64 across blocks.
 
-    Raises:
-        GateError: a stored value is not what numpy makes of the snapshot's.
+    With x the trained and y the stored values and e = y - x: the largest |e|, and the sums of |e|, e * e, x * x, x * e.
     """
-    stored_table = weights.manifest.table[table.name]
-    size = min(chunk_rows(table.row_bytes), table.num_embeddings)
-    stored_type = STORED_TYPES[table.precision]
-    probes = ProbeRows(
-        probe_ids,
-        torch.empty(len(probe_ids), table.embedding_dim),
-        torch.empty(len(probe_ids), table.embedding_dim, dtype=stored_type),
-    )
 
-    def run(starts: range) -> _Sums:
-        sums = _Sums()
-        trained_buffer = torch.empty(size, table.embedding_dim, dtype=table.rows.dtype)
-        stored_buffer = torch.empty(size, table.embedding_dim, dtype=stored_type)
-        for start in starts:
-            count = min(size, table.num_embeddings - start)
-            trained, stored = trained_buffer[:count], stored_buffer[:count]
-            table.rows.read(start, trained)
-            weights.read_rows(stored_table, start, tensor_bytes(stored))
-            _check_rows(table, start, trained, stored)
-            sums.add(trained.float(), stored.float())
-            first, last = np.searchsorted(probe_ids, [start, start + count])
-            picked = torch.from_numpy(probe_ids[first:last] - start)
-            probes.trained[first:last] = trained[picked].float()
-            probes.stored[first:last] = stored[picked]
-        return sums
+    largest: float = 0.0
+    absolute: float = 0.0
+    error_square: float = 0.0
+    square: float = 0.0
+    product: float = 0.0
 
-    total = _Sums()
-    for sums in map_ordered(run, chunk_groups(table.num_embeddings, table.row_bytes), workers):
-        total.merge(sums)
-    return total.result(table), probes
-
-
-def _check_rows(table: PlannedTable, start: int, trained: torch.Tensor, stored: torch.Tensor) -> None:
-    """Question 1: the stored bytes are those of the reference, numpy's own conversion."""
-    reference = trained.numpy().astype({Precision.FP32: np.float32, Precision.FP16: np.float16}[table.precision])
-    integers = np.dtype(f"u{reference.dtype.itemsize}")
-    if not np.array_equal(reference.view(integers), stored.numpy().view(integers)):
-        different = reference.view(integers) != stored.numpy().view(integers)
-        row, column = (int(part) for part in np.argwhere(different)[0])
-        raise GateError(
-            f"table '{table.name}': row {start + row}, column {column} is stored as {stored[row, column].item()!r}, the "
-            f"reference makes {reference[row, column].item()!r} of the snapshot's {trained[row, column].item()!r}"
-        )
-
-
-class _Sums:
-    """Error sums over chunks: float32 within a chunk (1 MiB of rows at most), float64 across chunks."""
-
-    def __init__(self) -> None:
-        self.largest = self.absolute = self.error_square = self.square = self.product = 0.0
-
-    def add(self, trained: torch.Tensor, stored: torch.Tensor) -> None:
-        x = trained.reshape(-1)
-        e = stored.reshape(-1) - x
-        self.largest = max(self.largest, _magnitude(e))
-        self.absolute += float(e.abs().sum())  # summed pairwise
-        if not 1e-15 < _magnitude(x) < 1e15:  # float32 squares would leave its range
-            x, e = x.double(), e.double()
-        self.error_square += float(torch.dot(e, e))
-        self.square += float(torch.dot(x, x))
-        self.product += float(torch.dot(x, e))
-
-    def merge(self, other: "_Sums") -> None:
+    def merge(self, other: "ErrorSums") -> None:
+        """Adds the sums of other chunks."""
         self.largest = max(self.largest, other.largest)
         self.absolute += other.absolute
         self.error_square += other.error_square
         self.square += other.square
         self.product += other.product
 
-    def result(self, table: PlannedTable) -> TableAccuracy:
-        relative_l2 = cosine = None
-        if self.square > 0:
-            relative_l2 = math.sqrt(self.error_square / self.square)
-            stored_square = self.square + 2 * self.product + self.error_square
-            # All rows rounded to zero: no direction is left.
-            cosine = (self.square + self.product) / math.sqrt(self.square * stored_square) if stored_square > 0 else 0.0
-            cosine = min(cosine, 1.0)
-        return TableAccuracy(
-            table=table.name,
-            serving_precision=table.serving_precision,
-            rows=table.num_embeddings,
-            bytes_before=table.rows.bytes,
-            bytes_after=table.bytes,
-            max_absolute_error=self.largest,
-            mean_absolute_error=self.absolute / (table.num_embeddings * table.embedding_dim),
-            relative_l2=relative_l2,
-            cosine=cosine,
-        )
+    def relative_l2(self) -> float | None:
+        """||e|| / ||x||, or None where all trained values are zero."""
+        return math.sqrt(self.error_square / self.square) if self.square > 0 else None
+
+    def cosine(self) -> float | None:
+        """x . y / (||x|| ||y||), or None where all trained values are zero; 0 where only the stored ones are."""
+        if not self.square > 0:
+            return None
+        stored_square = self.square + 2 * self.product + self.error_square
+        if not stored_square > 0:
+            return 0.0
+        return min((self.square + self.product) / math.sqrt(self.square * stored_square), 1.0)
 
 
-def _magnitude(values: torch.Tensor) -> float:
-    low, high = torch.aminmax(values)
-    return max(-float(low), float(high))
+class Examiner:
+    """Compares stored chunks with what they must be, and adds up how far they are from the trained ones.
+
+    It goes through a chunk in blocks, with buffers of its own: smaller ones pay for more calls, larger ones for the memory.
+    """
+
+    def __init__(self, table: str, precision: Precision) -> None:
+        self._table, self._precision = table, precision
+        self._scratch = torch.empty(4, _BLOCK)
+        self.sums = ErrorSums()
+
+    def examine(self, start: int, trained: torch.Tensor, stored: torch.Tensor) -> None:
+        """Takes finite trained rows [n, D], the first of them row `start` of the table, and the same rows as stored.
+
+        Raises:
+            GateError: naming the first value that is not, bit for bit, what it must be.
+        """
+        blocks = zip(trained.reshape(-1).split(_BLOCK), stored.reshape(-1).split(_BLOCK), strict=True)
+        for number, (trained_block, stored_block) in enumerate(blocks):
+            x, y, e, m = self._scratch[:, : len(trained_block)]
+            x = trained_block if trained_block.dtype is torch.float32 else x.copy_(trained_block)
+            y.copy_(stored_block)
+            expected = _round_to_fp16(x, e, m) if self._precision is Precision.FP16 else x
+            same = np.equal(
+                expected.numpy().view(np.int32), y.numpy().view(np.int32)
+            )  # torch.equal is six times slower
+            if not same.all():
+                place = int(same.argmin())
+                row, column = divmod(number * _BLOCK + place, trained.shape[1])
+                raise GateError(
+                    f"table '{self._table}': row {start + row}, column {column} is stored as {y[place].item()!r}, the "
+                    f"reference makes {expected[place].item()!r} of the snapshot's {x[place].item()!r}"
+                )
+            self._measure(x, y, e)
+
+    def _measure(self, x: torch.Tensor, y: torch.Tensor, e: torch.Tensor) -> None:
+        sums = self.sums
+        square = float(torch.dot(x, x))
+        low, high = torch.aminmax(torch.sub(y, x, out=e))
+        largest = max(-float(low), float(high))
+        sums.largest = max(sums.largest, largest)
+        if not largest and not square and not x.any():
+            return
+        wide = not 1e-30 < square < 1e30 or 0 < largest < 1e-15  # float32 squares would leave its range
+        if wide:
+            x, e = x.double(), e.double()
+        sums.square += float(torch.dot(x, x)) if wide else square
+        if largest:
+            sums.error_square += float(torch.dot(e, e))
+            sums.product += float(torch.dot(x, e))
+            sums.absolute += float(e.abs_().sum())  # summed pairwise
+
+
+def _round_to_fp16(x: torch.Tensor, out: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+    """`x`, float32 and below 65520, rounded to binary16 by float32 arithmetic alone: in `out`, float32. `m` is scratch.
+
+    binary16 has 11 significant bits and no step below 2**-24 (IEEE 754). With 2**E <= |x| < 2**(E + 1), the float32 numbers
+    around m = 1.5 * 2**(E + 13) are 2**(E - 10) apart, so that x + m is x rounded to 11 bits, to nearest and ties to even,
+    and subtracting m is exact. Below E = -14 the step does not shrink: m is at least 1.5 * 2**-1.
+    """
+    bits, pattern = x.view(torch.int32), m.view(torch.int32)
+    torch.bitwise_and(bits, 0x7F800000, out=pattern)  # m = 2**E
+    m.mul_(1.5 * 2**13).clamp_(min=0.75)
+    torch.add(x, m, out=out)
+    out.sub_(m)
+    torch.bitwise_and(bits, -(2**31), out=pattern)  # what rounds to zero keeps its sign
+    out.view(torch.int32).bitwise_or_(pattern)
+    return out
 
 
 def check_budget(accuracy: TableAccuracy, budget: Budget) -> list[str]:

@@ -5,24 +5,30 @@ import importlib.metadata
 import json
 import os
 import platform
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from export.accuracy import check_budget, examine_table
-from export.config import ReleaseConfig, SnapshotConfig, load_config
-from export.errors import GateError, PublishError
+from export.accuracy import check_budget
+from export.config import EmbeddingBagConfig, ReleaseConfig, SnapshotConfig, load_config
+from export.errors import ExportError, GateError, PublishError, SnapshotChangedError
+from export.journal import has_pieces
 from export.lookup import OPERATOR_LIBRARIES, make_lookup
-from export.parity import check_parity, make_cases, make_slots, probe_ids
-from export.publish import publish, staged, write_file
+from export.parity import Case, check_parity, make_cases, make_slots, probe_ids
+from export.progress import NoProgress, Progress
+from export.publish import Staging, publish, refuse_existing, staged, write_file, writing
+from export.ranks import joined_ranks
+from export.rows import help_with_rows, prepare_rows, write_rows
 from export.snapshots import Snapshot, open_snapshot
+from export.storage import drop_copies, redact
 from export.torchscript import write_torchscript
-from export.weight_file import PlannedTable, WrittenWeights, write_weight_file
+from export.weight_file import PlannedTable, WeightPlan, WrittenWeights
 from runtime_py import verify_artifact
 from runtime_py.digests import ZEROED, Digest, sha256
 from runtime_py.manifest import (
@@ -40,14 +46,19 @@ from runtime_py.manifest import (
     TableAccuracy,
     compute_artifact_id,
 )
-from runtime_py.weights import WeightFile
+from runtime_py.parallel import map_ordered
+
+if TYPE_CHECKING:
+    from export.vocabulary import VocabularyFigures, WrittenVocabulary
 
 __all__ = ["BuildResult", "build_artifact"]
 
 _TORCHSCRIPT = "graphs/lookup.torchscript.pt"
 _ACCURACY = "reports/accuracy.json"
 _PARITY = "reports/parity.json"
-_TOOLS = ["torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "numpy", "large-embeddings-export"]
+_VOCABULARY = "reports/vocabulary.json"
+_REQUESTS = 16  # tables to look for at a time: where the snapshot is remote, each waits for answers
+_TOOLS = ["torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "numpy", "pyarrow", "large-embeddings-export"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,7 @@ class BuildResult:
     manifest: Manifest
     seconds: dict[str, float]
     stage_seconds: dict[str, float]
+    vocabularies: "list[VocabularyFigures]"
 
     def to_json(self) -> dict[str, Any]:
         """The object that `build --json` prints."""
@@ -69,6 +81,7 @@ class BuildResult:
             "stage_seconds": self.stage_seconds,
             "parity": asdict(self.manifest.parity),
             "accuracy": [asdict(figures) for figures in self.manifest.accuracy],
+            "vocabularies": [asdict(figures) for figures in self.vocabularies],
             "snapshots": [asdict(snapshot) for snapshot in self.manifest.provenance.snapshots],
         }
 
@@ -78,42 +91,83 @@ def build_artifact(
     output: str | Path,
     *,
     workers: int,
-    report: Callable[[str], None] = lambda _: None,
-) -> BuildResult:
-    """Builds, checks and publishes one artifact.
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> BuildResult | None:
+    """Builds, checks and publishes one artifact; under torchrun, together with the other processes.
 
     Args:
         config: the configuration, or the path of its file.
         output: the artifact's folder, which must not exist.
-        workers: how many threads convert and check rows; each takes two buffers of a few MiB.
-        report: called with the name of each phase as it starts.
+        workers: how many threads of this process convert and check rows; each takes a few buffers of some MiB.
+        resume: goes on with what an interrupted build of the same output has finished, where that is still right, and
+            keeps what this one finishes should it be interrupted.
+        progress: is told what is being done.
+
+    Returns:
+        what was published; None on every rank but 0.
 
     Raises:
-        ExportError: what was refused, or the gate that failed; nothing is left behind.
+        ExportError: what was refused, or the gate that failed. Nothing is left behind or, with `resume`, no more than what
+            another build can go on with, which a note of the exception names.
     """
-    if not isinstance(config, ReleaseConfig):
-        config = load_config(config)
-    target = Path(os.path.abspath(output))
-    pretrained = [table.pretrained for table in config.large_embeddings.tables if table.pretrained is not None]
-    for path in (str(target), config.snapshot.uri, *(source.embedding_snapshot_uri for source in pretrained)):
-        _refuse_undecodable(path)
-    clock = _Clock(report)
-    with staged(target) as staging:
+    clock = _Clock(progress or NoProgress())
+    with joined_ranks() as ranks:
+        if not isinstance(config, ReleaseConfig):
+            config = load_config(config)
+        target = Path(os.path.abspath(output))
+        for path in (str(target), *_uris(config)):
+            _refuse_undecodable(path)
+        if ranks.rank == 0:
+            refuse_existing(target)
+        drop_copies()
         with clock.phase("snapshot"):
-            tables, snapshots = _plan(config)
-        with clock.phase("rows"):
-            (staging / WEIGHTS).parent.mkdir()
-            weights = write_weight_file(staging / WEIGHTS, tables, workers)
-        with clock.phase("graphs"):
-            manifest = _write_graphs(config, weights, snapshots, staging)
-        with clock.phase("accuracy and parity"):
-            manifest = _write_manifest(staging, manifest)  # the loader needs one: rewritten when the gates have passed
-            manifest = _check(config, tables, manifest, staging, workers)
-        with clock.phase("publish"):
-            manifest = _write_manifest(staging, manifest)
-            verify_artifact(staging, "sizes")
-            publish(staging, target)
-    return BuildResult(target, manifest, clock.seconds, weights.stage_seconds)
+            cases = make_cases(config.large_embeddings, config.parity.seed, config.parity.batches)
+            snapshots = _open_snapshots(config)
+            plan = _plan(config, snapshots, cases)
+        if ranks.rank:
+            with clock.phase("rows"), writing(target):
+                help_with_rows(ranks, plan, workers, clock.progress)
+            ranks.wait("published", 0)
+            return None
+        adopt = (lambda container: has_pieces(container, plan.fingerprint)) if resume else None
+        with staged(target, adopt=adopt) as staging:
+            prepare_rows(ranks, plan, staging)
+            vocabularies = []
+            if any(table.vocab for table in config.large_embeddings.tables):
+                with clock.phase("vocabularies"):  # before the rows, which take longer: what is wrong shows early
+                    vocabularies = _write_vocabularies(config, staging, workers)
+            with clock.phase("rows"):
+                try:
+                    weights = write_rows(ranks, plan, staging, workers, clock.progress)
+                except ExportError:
+                    _check_sources(config, snapshots, cases, plan)  # the snapshot may have been written again
+                    raise
+                _check_sources(config, snapshots, cases, plan)
+            with clock.phase("graphs"):
+                identities = [snapshot.identity for snapshot in snapshots.values()]
+                manifest = _write_graphs(config, weights, vocabularies, identities, staging.folder)
+                manifest = _write_manifest(staging.folder, manifest)  # the loader needs one; the final one comes last
+            with clock.phase("digests"):
+                verify_artifact(staging.folder, "full", workers)
+            with clock.phase("parity"):
+                manifest = _check(config, weights, cases, manifest, staging.folder)
+            with clock.phase("publish"):
+                manifest = _write_manifest(staging.folder, manifest)
+                verify_artifact(staging.folder, "sizes")
+                publish(staging.folder, target)
+        ranks.tell("published", "")
+    figures = [vocabulary.figures for vocabulary in vocabularies]
+    return BuildResult(target, manifest, clock.seconds, weights.stage_seconds, figures)
+
+
+def _uris(config: ReleaseConfig) -> Iterator[str]:
+    yield config.snapshot.uri
+    for table in config.large_embeddings.tables:
+        if table.pretrained is not None:
+            yield table.pretrained.embedding_snapshot_uri
+        if table.vocab is not None:
+            yield table.vocab.uri
 
 
 def _refuse_undecodable(path: str) -> None:
@@ -126,36 +180,77 @@ def _refuse_undecodable(path: str) -> None:
 class _Clock:
     """Names the phases as they start, and keeps their times."""
 
-    def __init__(self, report: Callable[[str], None]) -> None:
-        self._report = report
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        self._report(name)
+        self.progress.phase(name)
         start = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - start, 3)
 
 
-def _plan(config: ReleaseConfig) -> tuple[list[PlannedTable], list[SnapshotIdentity]]:
+def _open_snapshots(config: ReleaseConfig) -> dict[SnapshotConfig, Snapshot]:
+    """The configuration's snapshot, then those of pretrained tables."""
+    sources = dict.fromkeys([config.snapshot, *(_source(config, table)[0] for table in config.large_embeddings.tables)])
+    return {source: open_snapshot(source) for source in sources}
+
+
+def _plan(config: ReleaseConfig, snapshots: Mapping[SnapshotConfig, Snapshot], cases: list[Case]) -> WeightPlan:
     """Finds the rows of every table, and so refuses a snapshot that does not fit before anything is written."""
-    opened: dict[SnapshotConfig, Snapshot] = {config.snapshot: open_snapshot(config.snapshot)}
-    tables = []
+    ids = probe_ids(config.large_embeddings, cases)
+
+    def find(table: EmbeddingBagConfig) -> PlannedTable:
+        source, name = _source(config, table)
+        rows = snapshots[source].table(table, name)
+        return PlannedTable(table.name, rows, config.serving_precision(table), ids[table.name])
+
+    return WeightPlan(list(map_ordered(find, config.large_embeddings.tables, _REQUESTS)))
+
+
+def _check_sources(
+    config: ReleaseConfig, snapshots: Mapping[SnapshotConfig, Snapshot], cases: list[Case], plan: WeightPlan
+) -> None:
+    """Opens the snapshots again: whatever was written again since the first look shows as another plan."""
+    again = {}
+    for source, snapshot in snapshots.items():
+        again[source] = open_snapshot(source.model_copy(update={"step": snapshot.identity.step}))
+        if again[source].identity != snapshot.identity:
+            raise SnapshotChangedError(f"{source.uri}: the snapshot changed while it was read; build again")
+    if _plan(config, again, cases).fingerprint != plan.fingerprint:
+        raise SnapshotChangedError(f"{config.snapshot.uri}: the snapshot changed while it was read; build again")
+
+
+def _source(config: ReleaseConfig, table: EmbeddingBagConfig) -> tuple[SnapshotConfig, str]:
+    """The snapshot that has the table's rows, and what the table is called there."""
+    if table.pretrained is None:
+        return config.snapshot, table.name
+    return SnapshotConfig(uri=table.pretrained.embedding_snapshot_uri), table.pretrained.emb_name
+
+
+def _write_vocabularies(config: ReleaseConfig, staging: Staging, workers: int) -> "list[WrittenVocabulary]":
+    """Writes the vocabulary of every table that has one, and the report on all of them."""
+    written = []
     for table in config.large_embeddings.tables:
-        source, name = config.snapshot, table.name
-        if table.pretrained is not None:
-            source = SnapshotConfig(uri=table.pretrained.embedding_snapshot_uri)
-            name = table.pretrained.emb_name
-        if source not in opened:
-            opened[source] = open_snapshot(source)
-        rows = opened[source].table(table, name)
-        tables.append(PlannedTable(table.name, rows, config.serving_precision(table)))
-    return tables, [snapshot.identity for snapshot in opened.values()]
+        if table.vocab is not None:
+            from export.vocabulary import write_vocabulary  # pyarrow only where there is a vocabulary
+
+            with tempfile.TemporaryDirectory(prefix="scratch-", dir=staging.container) as scratch:
+                written.append(write_vocabulary(table, table.vocab, staging.folder, Path(scratch), workers))
+    if written:
+        report = {"tables": [asdict(vocabulary.figures) for vocabulary in written]}
+        write_file(staging.folder / _VOCABULARY, _to_json(report))
+    return written
 
 
 def _write_graphs(
-    config: ReleaseConfig, weights: WrittenWeights, snapshots: list[SnapshotIdentity], staging: Path
+    config: ReleaseConfig,
+    weights: WrittenWeights,
+    vocabularies: "list[WrittenVocabulary]",
+    snapshots: list[SnapshotIdentity],
+    staging: Path,
 ) -> Manifest:
     """Writes the graph, and drafts the manifest: everything but the outcome of the gates."""
     features = [
@@ -174,6 +269,7 @@ def _write_graphs(
         weighted=config.large_embeddings.weighted,
         weights_offset_bytes=weights.offset_bytes,
         weights_bytes=weights.data_bytes,
+        vocabularies=[vocabulary.stored for vocabulary in vocabularies],
         graphs=[
             Graph(
                 backend="torchscript",
@@ -187,12 +283,14 @@ def _write_graphs(
         files=[
             File(WEIGHTS, weights.offset_bytes + weights.data_bytes, weights.digest),
             _describe_file(staging, _TORCHSCRIPT),
+            *(vocabulary.file for vocabulary in vocabularies),
+            *([_describe_file(staging, _VOCABULARY)] if vocabularies else []),
         ],
-        accuracy=[],
+        accuracy=weights.accuracies,
         parity=ParitySummary(config.parity.seed, 0, "", 0.0, 0.0),
         provenance=Provenance(
             snapshots=snapshots,
-            configuration=config.model_dump(mode="json"),
+            configuration=_redacted(config.model_dump(mode="json")),
             tools=tools,
             built_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         ),
@@ -202,22 +300,17 @@ def _write_graphs(
 
 
 def _check(
-    config: ReleaseConfig, tables: list[PlannedTable], manifest: Manifest, staging: Path, workers: int
+    config: ReleaseConfig, weights: WrittenWeights, cases: list[Case], manifest: Manifest, staging: Path
 ) -> Manifest:
     """Runs the gates on the staged artifact; returns the manifest with their reports."""
-    cases = make_cases(config.large_embeddings, config.parity.seed, config.parity.batches)
-    ids = probe_ids(config.large_embeddings, cases)
-    with WeightFile(staging, manifest) as weights:
-        examined = {table.name: examine_table(table, weights, ids[table.name], workers) for table in tables}
-    accuracies = [accuracy for accuracy, _ in examined.values()]
-    _check_budgets(config, accuracies)
-    probes = {name: probe for name, (_, probe) in examined.items()}
-    precisions = {table.name: table.precision for table in tables}
-    summary, results = check_parity(staging, config.large_embeddings, precisions, cases, probes, config.parity.seed)
-    write_file(staging / _ACCURACY, _to_json({"tables": [asdict(accuracy) for accuracy in accuracies]}))
+    _check_budgets(config, weights.accuracies)
+    precisions = {table.name: config.serving_precision(table) for table in config.large_embeddings.tables}
+    seed = config.parity.seed
+    summary, results = check_parity(staging, config.large_embeddings, precisions, cases, weights.probes, seed)
+    write_file(staging / _ACCURACY, _to_json({"tables": [asdict(accuracy) for accuracy in weights.accuracies]}))
     write_file(staging / _PARITY, _to_json(asdict(summary) | {"cases": results}))
     files = [*manifest.files, _describe_file(staging, _ACCURACY), _describe_file(staging, _PARITY)]
-    return replace(manifest, files=files, accuracy=accuracies, parity=summary)
+    return replace(manifest, files=files, parity=summary)
 
 
 def _check_budgets(config: ReleaseConfig, accuracies: list[TableAccuracy]) -> None:
@@ -239,6 +332,14 @@ def _write_manifest(staging: Path, manifest: Manifest) -> Manifest:
 def _describe_file(staging: Path, path: str) -> File:
     data = (staging / path).read_bytes()
     return File(path, len(data), sha256(data))
+
+
+def _redacted(document: Any) -> Any:
+    if isinstance(document, dict):
+        return {key: _redacted(value) for key, value in document.items()}
+    if isinstance(document, list):
+        return [_redacted(value) for value in document]
+    return redact(document) if isinstance(document, str) else document
 
 
 def _to_json(document: dict[str, Any]) -> bytes:

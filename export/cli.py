@@ -6,6 +6,7 @@ or accuracy gate failed, 130 and 143 stopped by a signal. This module prints and
 
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -21,7 +22,10 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from export.errors import ExportError
+from export.errors import ExportError, PeerError
+from export.progress import progress_on
+from export.ranks import processes_of_this_host, rank_of_this_process
+from export.storage import drop_copies, redact_all
 from runtime_py.errors import ArtifactError
 from runtime_py.manifest import Manifest, read_manifest
 from runtime_py.verify import verify_artifact
@@ -38,24 +42,32 @@ app = typer.Typer(
 
 _JSON = typer.Option("--json", help="Print one JSON object instead of text.")
 _WIDTH = 120
-_CORES = os.cpu_count() or 1
+_RANK = rank_of_this_process()
+_WORKERS = max(1, (os.cpu_count() or 1) // processes_of_this_host())
 
 
 @app.command()
 def build(
     config: Annotated[Path, typer.Option(help="The release configuration (YAML).")],
     output: Annotated[Path, typer.Option(help="The artifact's folder; it must not exist.")],
-    workers: Annotated[int, typer.Option(min=1, help="Threads that convert rows; default: one a core.")] = _CORES,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that convert rows; default: one a core.")] = _WORKERS,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with an interrupted build, and leave what another one can go on with."),
+    ] = False,
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
-    """Build, check and publish an artifact."""
+    """Build, check and publish an artifact; under torchrun, with all of its processes."""
     from export.build import build_artifact  # torchrec takes seconds to import; the other commands do without
 
     try:
-        result = build_artifact(config, output, workers=workers, report=_report_phase)
+        with progress_on(None if _RANK else sys.stderr) as progress:
+            result = build_artifact(config, output, workers=workers, resume=resume, progress=progress)
     except _Stopped as stop:
         stop.outcome = f"{output} is complete" if os.path.lexists(output) else "nothing was published"
         raise
+    if result is None:  # rank 0 speaks for all
+        return
     seconds = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in result.seconds.items())
     text = (
         _to_json(result.to_json())
@@ -124,11 +136,12 @@ def main() -> NoReturn:
     try:
         app()
     except _Stopped as stop:
-        _fail(
-            "; ".join(filter(None, (f"stopped by {signal.Signals(stop.number).name}", stop.outcome))), 128 + stop.number
-        )
+        message = "; ".join(filter(None, (f"stopped by {signal.Signals(stop.number).name}", stop.outcome)))
+        _fail(_with_notes(message, stop), 128 + stop.number)
+    except PeerError as error:
+        _fail("" if _RANK else _with_notes(str(error), error), error.exit_code)  # its rank has said so itself
     except ExportError as error:
-        _fail(str(error), error.exit_code)
+        _fail(_with_notes(str(error), error), error.exit_code)
     except ArtifactError as error:
         _fail(str(error), 1)
     except OSError as error:  # of the output: everything else is one of the two above
@@ -142,16 +155,17 @@ def _stop(number: int, _: FrameType | None) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    for line in message.splitlines():
-        print(f"error: {line}", file=sys.stderr)  # noqa: T201
+    if sys.stderr is not None:  # the shell may have closed it
+        with suppress(OSError):
+            lines = [f"error: {redact_all(line)}\n" for line in message.splitlines()]
+            print("".join(lines), end="", file=sys.stderr, flush=True)  # noqa: T201
+    drop_copies()
     # Not through the interpreter's exit, which would report an output that cannot be flushed a second time.
-    with suppress(OSError):
-        sys.stderr.flush()
     os._exit(code)
 
 
-def _report_phase(name: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr)  # noqa: T201
+def _with_notes(message: str, error: BaseException) -> str:
+    return "\n".join([message, *getattr(error, "__notes__", [])])
 
 
 def _write(text: str) -> None:
@@ -172,6 +186,12 @@ def _summary(artifact: Path, manifest: Manifest) -> str:
         step = "" if snapshot.step is None else f", step {snapshot.step}"
         console.print("snapshot  ", f"{snapshot.uri} ({snapshot.format}{step})", soft_wrap=True)
     console.print(_table_of_tables(manifest))
+    for vocabulary in manifest.vocabularies:
+        rows = manifest.table[vocabulary.table].num_embeddings
+        # Never rounded up: 100 % is said of no vocabulary that lacks an entity.
+        coverage = math.floor(1e4 * vocabulary.entities / rows) / 1e2
+        line = f"{vocabulary.table}: {vocabulary.entities:,} entities, {coverage:g} % of the rows"
+        console.print("vocabulary", f"{line}, {decimal(manifest.file[vocabulary.path].bytes)}", soft_wrap=True)
     for graph in manifest.graphs:
         console.print("graph     ", f"{graph.backend} for {graph.target}, {decimal(manifest.file[graph.path].bytes)}")
     parity = manifest.parity

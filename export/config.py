@@ -15,6 +15,7 @@ import torch
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     Strict,
@@ -44,6 +45,7 @@ __all__ = [
     "ReleaseConfig",
     "ServingConfig",
     "SnapshotConfig",
+    "VocabularyConfig",
     "load_config",
 ]
 
@@ -239,6 +241,26 @@ class EmbeddingSnapshot(_Section):
     embedding_snapshot_uri: Annotated[str, Field(min_length=1)]
 
 
+class VocabularyConfig(_Section):
+    """Which row belongs to which entity: a folder of parquet files, or one, with a column of ids and one of rows.
+
+    `min_coverage` is the least share of the table's rows that must have an entity; below it the build fails.
+    """
+
+    uri: Annotated[str, Field(min_length=1)]
+    entity_id: Annotated[str, Field(min_length=1)] = "entity_id"
+    index: Annotated[str, Field(min_length=1)] = "index"
+    min_coverage: Annotated[_Float, Field(ge=0.0, le=1.0)] = 0.0
+
+
+def _read_vocab(value: object) -> object:
+    if isinstance(value, str):  # as a training configuration has it
+        return {"uri": value}
+    if value is not None and not isinstance(value, Mapping | VocabularyConfig):
+        raise PydanticCustomError(_OURS, f"expected a path, or a mapping with the key 'uri', got {value!r}")
+    return value
+
+
 class EmbeddingBagConfig(_Section):
     """One table: E = `num_embeddings` rows of D = `embedding_dim` values, and the features that look rows up in it."""
 
@@ -246,7 +268,7 @@ class EmbeddingBagConfig(_Section):
     num_embeddings: _Count
     embedding_dim: Annotated[StrictInt, Field(ge=1, le=2**20)]
     pretrained: EmbeddingSnapshot | None = None
-    vocab: str | None = None
+    vocab: Annotated[VocabularyConfig | None, BeforeValidator(_read_vocab)] = None
     optimizer: OptimizerConfig | None = None
     data_type: DataType
     feature_names: Annotated[list[_FeatureName], Field(min_length=1)] | None = None
@@ -362,10 +384,6 @@ class ReleaseConfig(_Section):
         if self.mode is not Mode.INFERENCE:
             raise _error_at(f"a release is built in mode 'inference', got '{self.mode}'", "mode")
         names = [table.name for table in self.large_embeddings.tables]
-        for number, table in enumerate(self.large_embeddings.tables):
-            if table.vocab is not None:
-                message = f"table '{table.name}': this version does not build vocabularies; remove the key 'vocab'"
-                raise _error_at(message, "large_embeddings", "tables", number, "vocab")
         for name in self.parity.table_budgets:
             if name not in names:
                 message = f"parity.table_budgets names '{name}', which is no table; tables: {', '.join(names)}"
@@ -494,6 +512,9 @@ def _with_absolute_paths(config: ReleaseConfig, path: Path) -> ReleaseConfig:
             uri = absolute(table.pretrained.embedding_snapshot_uri, key)
             pretrained = table.pretrained.model_copy(update={"embedding_snapshot_uri": uri})
             table = table.model_copy(update={"pretrained": pretrained})
+        if table.vocab is not None:
+            uri = absolute(table.vocab.uri, f"large_embeddings.tables[{number}].vocab.uri")
+            table = table.model_copy(update={"vocab": table.vocab.model_copy(update={"uri": uri})})
         tables.append(table)
     return config.model_copy(
         update={

@@ -4,7 +4,7 @@ They exist so that a caller can tell a refused input from a failed gate, and so 
 an `ExportError` is one clear line, anything else is a defect and keeps its traceback.
 """
 
-__all__ = ["ConfigError", "ExportError", "GateError", "PublishError", "RowsError", "SnapshotError"]
+__all__ = ["ConfigError", "ExportError", "GateError", "PublishError", "RowsError", "SnapshotError", "VocabularyError"]
 
 
 class ExportError(Exception):
@@ -25,8 +25,24 @@ class RowsError(ExportError):
     """A table holds values that the chosen serving precision cannot store."""
 
 
+class VocabularyError(ExportError):
+    """A vocabulary is unreadable, contradicts itself, or does not fit its table."""
+
+
 class PublishError(ExportError):
     """The artifact could not be staged or published: the target exists, the disk is full, permission is denied."""
+
+
+class SnapshotChangedError(SnapshotError):
+    """The training snapshot was written again while it was read."""
+
+
+class PeerError(ExportError):
+    """Another process of a build has failed, with this message and exit code, and has said so itself."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class GateError(ExportError):

@@ -219,11 +219,13 @@ def check_parity(
 ) -> tuple[ParitySummary, list[dict[str, Any]]]:
     """Runs every case through the staged artifact and both references; returns the summary, and each case's outcome.
 
+    The artifact's digests are compared before, by whoever calls.
+
     Raises:
         GateError: naming the case, the feature, its table, the place and the numbers.
     """
     references = References(config, precisions, probes)
-    strict = load_artifact(artifact, verify="full", invalid_ids="error")
+    strict = load_artifact(artifact, verify="sizes", invalid_ids="error")
     lenient = load_artifact(artifact, verify="sizes", invalid_ids="zero")
     results = []
     for number, case in enumerate(cases):

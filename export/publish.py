@@ -2,7 +2,7 @@
 
 It is staged beside the target, on the same file system, in a hidden container with a lock file, and one rename publishes
 it. Every file and folder reaches the disk before the rename. A build that is killed leaves only its container, which the
-next build of the same target removes: its lock is then free, while that of a live build is held.
+next build of the same target removes, or resumes: its lock is then free, while that of a live build is held.
 """
 
 import errno
@@ -11,50 +11,78 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from export.errors import PublishError
+from export.errors import PublishError, RowsError, SnapshotChangedError
 
-__all__ = ["publish", "staged", "write_file"]
+__all__ = ["Staging", "fsync", "publish", "refuse_existing", "staged", "write_file", "writing"]
 
 _LOCK = "export.lock"
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Staging:
+    """Where an artifact is made: its `folder`, and the `container` around it for what is not part of it."""
+
+    container: Path
+    folder: Path
 
 
 @contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """An empty staging folder for `target`, removed at the end unless it was published.
+def staged(target: Path, *, adopt: Callable[[Path], bool] | None = None) -> Iterator[Staging]:
+    """A staging folder for `target`, removed at the end unless it was published.
+
+    Args:
+        target: the artifact's folder; it must not exist.
+        adopt: says whether a container is one to go on with: the first such one of builds that were killed is taken over,
+            as it is, and so may be this one, which stays if the body raises; a note of the exception names it.
 
     Raises:
         PublishError: the target exists, or its folder cannot be written; also for an OSError of the body, which
             here means the staging folder's disk.
     """
-    _refuse_existing(target)
-    prefix = f".{target.name}.staging-"
-    lock = -1
+    refuse_existing(target)
     made: list[Path] = []
-    container: Path | None = None
+    held: _Held | None = None
+    keep = False
     try:
-        made = [folder for folder in target.parents if not os.path.exists(folder)]  # innermost first
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.parent):  # or a build that begins just now takes ours, not yet locked, for abandoned
-            _remove_abandoned(target.parent, prefix)
-            container = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-            lock = os.open(container / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        staging = container / target.name
-        staging.mkdir()
-        yield staging
+        with writing(target):
+            made = [folder for folder in target.parents if not os.path.exists(folder)]  # innermost first
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(target.parent):  # or a build that begins just now takes ours, not yet locked, for abandoned
+                held = _clean_up(target, adopt) or _make_container(target)
+            staging = Staging(held.container, held.container / target.name)
+            staging.folder.mkdir(exist_ok=True)
+            yield staging
+    except BaseException as error:
+        # The next build starts from another snapshot, or there is none to come.
+        useless = isinstance(error, RowsError | SnapshotChangedError) or os.path.lexists(target)
+        keep = held is not None and adopt is not None and not useless and adopt(held.container)
+        if held is not None and keep:
+            error.add_note(f"{held.container}: holds what is finished; go on with --resume, or remove it")
+        raise
+    finally:
+        with _signals_deferred():  # torchrun stops the other processes while they still clean up after the first failure
+            if held is not None:
+                if not keep:
+                    shutil.rmtree(held.container, ignore_errors=True)
+                os.close(held.lock)
+            if not os.path.lexists(target):
+                _remove_empty(made)
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Makes an OSError of the body, which writes to the staging folder's disk, a PublishError."""
+    try:
+        yield
     except OSError as error:
         raise _describe(error, target) from error
-    finally:
-        if container is not None:
-            shutil.rmtree(container, ignore_errors=True)
-        if lock >= 0:
-            os.close(lock)
-        if not os.path.lexists(target):
-            _remove_empty(made)
 
 
 def publish(staging: Path, target: Path) -> None:
@@ -65,20 +93,38 @@ def publish(staging: Path, target: Path) -> None:
     """
     for folder, _, files in os.walk(staging):
         for name in files:
-            _fsync(Path(folder, name))
-        _fsync(Path(folder))
-    # A signal that arrives from here on waits, so that a stopped build can say whether it has published.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+            fsync(Path(folder, name))
+        fsync(Path(folder))
+    with _signals_deferred():  # so that a stopped build can say whether it has published
+        try:
+            refuse_existing(target)
+            staging.rename(target)
+            fsync(target.parent)
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise _existing(target) from error
+            raise
+
+
+@contextmanager
+def _signals_deferred() -> Iterator[None]:
+    """Holds SIGINT and SIGTERM back until the end.
+
+    By handlers, since a mask is of one thread only: the kernel gives the signal to another, torch's for example, and Python
+    then runs the handler in the main thread all the same.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers run in the main thread only
+        return
+    arrived: list[int] = []
+    before = {number: signal.signal(number, lambda got, _: arrived.append(got)) for number in _STOPPING}
     try:
-        _refuse_existing(target)
-        staging.rename(target)
-        _fsync(target.parent)
-    except OSError as error:
-        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-            raise _existing(target) from error
-        raise
+        yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        for late in arrived:
+            signal.raise_signal(late)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -88,7 +134,8 @@ def write_file(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def _refuse_existing(target: Path) -> None:
+def refuse_existing(target: Path) -> None:
+    """Raises a PublishError where the target exists."""
     if os.path.lexists(target):
         raise _existing(target)
 
@@ -113,23 +160,52 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(fd)  # and so unlocked
 
 
-def _remove_abandoned(folder: Path, prefix: str) -> None:
-    """Removes the containers of builds that were killed: those whose lock, which only a container has, is free."""
-    for path in [path for path in folder.iterdir() if path.name.startswith(prefix)]:
+@dataclass(frozen=True)
+class _Held:
+    """A container whose lock this process holds."""
+
+    container: Path
+    lock: int
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.staging-"
+
+
+def _make_container(target: Path) -> _Held:
+    container = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+    try:
+        lock = os.open(container / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError:
+        container.rmdir()
+        raise
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return _Held(container, lock)
+
+
+def _clean_up(target: Path, adopt: Callable[[Path], bool] | None) -> _Held | None:
+    """Removes the containers of builds that were killed, whose lock is free, but the first to adopt."""
+    adopted = None
+    for path in sorted(path for path in target.parent.iterdir() if path.name.startswith(_prefix(target))):
         try:
             lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
             continue  # gone, or not ours
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
+            if adopted is None and adopt is not None and adopt(path):
+                adopted = _Held(path, os.dup(lock))  # and so still held
+            else:
+                shutil.rmtree(path, ignore_errors=True)
         except BlockingIOError:
             continue  # another build fills it
         finally:
             os.close(lock)
+    return adopted
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Makes a file or a folder durable."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -1,41 +1,44 @@
-"""Writes the weight file: rows streamed from the snapshot, converted, digested and written, chunk by chunk.
+"""Writes the weight file: rows streamed from the snapshot, converted, checked, digested and written, chunk by chunk.
 
-A chunk is what one digest covers (`sha256-rows`), so that a chunk is read, converted, digested and written while it is
-in the cache, and chunks can be done in any order by any number of workers (threads). Memory is two small
-buffers a worker.
+A chunk is what one digest covers (`sha256-rows`), so that all of this happens to it in one pass while it is in the cache.
+Chunks are independent: pieces of 64 go to any number of threads, processes and hosts. Memory is a few small buffers a
+thread, whatever the table.
 """
 
 import hashlib
+import importlib.metadata
+import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
+from export.accuracy import ErrorSums, Examiner, ProbeRows
 from export.config import Precision
+from export.journal import PieceResult
 from export.quantize import STORED_TYPES, convert_rows, describe_unstorable, storable
-from export.snapshots import TableRows
+from export.snapshots import TableRows, identify
 from runtime_py.digests import ROWS, TABLES, Digest, chunk_groups, chunk_rows, combine
-from runtime_py.manifest import Table, row_bytes
+from runtime_py.manifest import ROW_FORMATS, Table, TableAccuracy, row_bytes
 from runtime_py.parallel import map_ordered
-from runtime_py.weights import encode_header, layout_tables, tensor_bytes
+from runtime_py.tensor_file import encode_header, layout_tables, tensor_bytes
 
-__all__ = ["PlannedTable", "WrittenWeights", "write_weight_file"]
-
-_STAGES = ("read", "check", "convert", "digest", "write")
+__all__ = ["Piece", "PlannedTable", "WeightPlan", "WrittenWeights", "assemble", "create_weight_file", "write_pieces"]
 
 
 @dataclass(frozen=True)
 class PlannedTable:
-    """A table to write: where its rows come from, and how they are stored."""
+    """A table to write: where its rows come from, how they are stored, and which rows the parity gate wants (`probe_ids`)."""
 
     name: str
     rows: TableRows
     precision: Precision
+    probe_ids: np.ndarray  # int64, ascending
 
     @property
     def num_embeddings(self) -> int:  # noqa: D102
@@ -50,6 +53,14 @@ class PlannedTable:
         return "fp32" if self.precision is Precision.FP32 else "fp16"
 
     @property
+    def dtype(self) -> str:  # noqa: D102
+        return ROW_FORMATS[self.serving_precision].safetensors_dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:  # noqa: D102
+        return self.num_embeddings, self.embedding_dim
+
+    @property
     def row_bytes(self) -> int:  # noqa: D102
         return row_bytes(self.precision, self.embedding_dim)
 
@@ -60,47 +71,156 @@ class PlannedTable:
 
 
 @dataclass(frozen=True)
-class WrittenWeights:
-    """The finished file: its tables with their digests in the order given, its own digest, and the time of each stage.
+class Piece:
+    """Some chunks of a table, the first rows of which are `starts`, and where the table's rows begin in the file."""
 
-    `stage_seconds` are summed over workers.
+    table: PlannedTable
+    position: int
+    starts: range
+
+    @property
+    def key(self) -> str:
+        """What a journal calls the piece."""
+        return f"{self.starts.start} {self.table.name}"
+
+    @property
+    def end(self) -> int:
+        """The row after the last one."""
+        return min(self.starts[-1] + self.starts.step, self.table.num_embeddings)
+
+    @property
+    def bytes(self) -> int:
+        """Its rows, as stored."""
+        return (self.end - self.starts.start) * self.table.row_bytes
+
+
+class WeightPlan:
+    """A weight file to write: its header, its tables in configuration order, and the pieces in file order."""
+
+    def __init__(self, tables: Sequence[PlannedTable]) -> None:
+        self.tables = list(tables)
+        self.header = encode_header(tables)
+        self.offsets = layout_tables(tables)
+        self.data_bytes = sum(table.bytes for table in tables)
+        by_name = {table.name: table for table in tables}
+        self.pieces = [
+            Piece(table, len(self.header) + offset, starts)
+            for table, offset in ((by_name[name], offset) for name, offset in self.offsets.items())
+            for starts in chunk_groups(table.num_embeddings, table.row_bytes)
+        ]
+        self.fingerprint = self._fingerprint()
+
+    def share(self, rank: int, world: int) -> list[Piece]:
+        """The pieces of one of `world` processes: row ranges of about as many bytes each."""
+        share = []
+        end = 0
+        for piece in self.pieces:
+            middle = end + piece.bytes // 2
+            end += piece.bytes
+            if middle * world // self.data_bytes == rank:
+                share.append(piece)
+        return share
+
+    def _fingerprint(self) -> str:
+        """SHA-256 of all that the file and what is known of it follow from: the snapshots' files, and who reads them."""
+        tables = [
+            [
+                table.name,
+                table.serving_precision,
+                table.rows.describe(),
+                hashlib.sha256(table.probe_ids.tobytes()).hexdigest(),
+            ]
+            for table in self.tables
+        ]
+        files = identify(location for table in self.tables for location in table.rows.locations)
+        versions = [importlib.metadata.version("large-embeddings-export"), torch.__version__, np.__version__]
+        text = json.dumps([self.header.hex(), tables, files, versions])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class WrittenWeights:
+    """The finished file: tables with their digests, figures and probes, in configuration order, and its own digest.
+
+    `stage_seconds` are summed over all threads and processes, and builds, where one has gone on with another.
     """
 
     tables: list[Table]
     offset_bytes: int
     data_bytes: int
     digest: Digest
+    accuracies: list[TableAccuracy]
+    probes: dict[str, ProbeRows]
     stage_seconds: dict[str, float]
 
 
-def write_weight_file(path: Path, tables: Sequence[PlannedTable], workers: int) -> WrittenWeights:
-    """Writes the rows of all `tables` into a new file at `path`, with `workers` threads.
+def create_weight_file(path: Path, plan: WeightPlan) -> None:
+    """Makes the file at its full length, with its header; what an earlier build has written into it stays.
+
+    Raises:
+        OSError: it cannot be written; a full disk shows here, before the first row is read.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        os.posix_fallocate(fd, 0, len(plan.header) + plan.data_bytes)
+        _write_at(fd, memoryview(plan.header), 0)
+    finally:
+        os.close(fd)
+
+
+def write_pieces(
+    path: Path, pieces: Sequence[Piece], workers: int, finished: Mapping[str, PieceResult]
+) -> Generator[tuple[Piece, PieceResult], None, None]:
+    """Writes the rows of some pieces into the file at `path`; what it yields is in the file.
 
     Args:
-        path: the file; it must not exist.
-        tables: the tables, in configuration order.
-        workers: how many chunks are in work at a time.
+        path: the file, as `create_weight_file` made it.
+        pieces: what to write.
+        workers: how many pieces are in work at a time, a thread each.
+        finished: what an interrupted build says it has done, by key; believed where the file's bytes have its digests.
+
+    Yields:
+        each piece with its result, in the order of `pieces`; the very one of `finished` where that was right.
 
     Raises:
         RowsError: a table has values that its precision cannot store.
         SnapshotError: rows cannot be read.
-        OSError: the file cannot be written; a full disk shows before the first row is read.
+        GateError: a stored value is not what the independent reference makes of the trained one.
+        OSError: the file cannot be written.
     """
-    header = encode_header(tables)
-    by_name = {table.name: table for table in tables}
-    offsets = layout_tables(tables)
-    data_bytes = sum(table.bytes for table in tables)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    threads = torch.get_num_threads()
+
+    def run(piece: Piece) -> PieceResult:
+        torch.set_num_threads(1)  # of this thread: the pieces are what runs in parallel
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # a signal may end the build before the last piece
+        try:
+            earlier = finished.get(piece.key)
+            return earlier if earlier and _digest_piece(fd, piece) == earlier.digests else _write_piece(fd, piece)
+        finally:
+            os.close(fd)
+
     try:
-        os.posix_fallocate(fd, 0, len(header) + data_bytes)
-        _write_at(fd, memoryview(header), 0)
-        digests: dict[str, Digest] = {}
-        stages = dict.fromkeys(_STAGES, 0.0)
-        for name, offset in offsets.items():
-            digests[name] = _write_table(fd, by_name[name], len(header) + offset, workers, stages)
+        yield from zip(pieces, map_ordered(run, pieces, workers), strict=True)
+    except _UnstorableError as error:
+        # Counted here and not by a worker, so that it is done once and a signal can stop it.
+        table = error.table
+        chunks = table.rows.chunks(range(0, table.num_embeddings, chunk_rows(table.row_bytes)))
+        raise describe_unstorable(table.name, chunks, table.precision) from None
     finally:
-        os.close(fd)
-    parts = [hashlib.sha256(header).digest(), *(bytes.fromhex(digests[name].value) for name in offsets)]
+        torch.set_num_threads(threads)  # for threads to come, who start with what was set last
+
+
+def assemble(plan: WeightPlan, results: Mapping[str, PieceResult]) -> WrittenWeights:
+    """What the pieces of a plan add up to."""
+    parts: dict[str, list[PieceResult]] = {table.name: [] for table in plan.tables}
+    stages: dict[str, float] = {}
+    for piece in plan.pieces:
+        result = results[piece.key]
+        parts[piece.table.name].append(result)
+        for stage, seconds in result.seconds.items():
+            stages[stage] = stages.get(stage, 0.0) + seconds
+    digests = {name: combine(ROWS, (result.digests for result in found)) for name, found in parts.items()}
+    order = [hashlib.sha256(plan.header).digest(), *(bytes.fromhex(digests[name].value) for name in plan.offsets)]
     written = [
         Table(
             name=table.name,
@@ -108,60 +228,117 @@ def write_weight_file(path: Path, tables: Sequence[PlannedTable], workers: int) 
             embedding_dim=table.embedding_dim,
             serving_precision=table.serving_precision,
             row_bytes=table.row_bytes,
-            offset_bytes=offsets[table.name],
+            offset_bytes=plan.offsets[table.name],
             digest=digests[table.name],
         )
-        for table in tables
+        for table in plan.tables
     ]
-    return WrittenWeights(written, len(header), data_bytes, combine(TABLES, parts), stages)
+    return WrittenWeights(
+        tables=written,
+        offset_bytes=len(plan.header),
+        data_bytes=plan.data_bytes,
+        digest=combine(TABLES, order),
+        accuracies=[_add_up(table, parts[table.name]) for table in plan.tables],
+        probes={table.name: _join_probes(table, parts[table.name]) for table in plan.tables},
+        stage_seconds={stage: round(seconds, 3) for stage, seconds in stages.items()},
+    )
+
+
+def _add_up(table: PlannedTable, results: Sequence[PieceResult]) -> TableAccuracy:
+    total = ErrorSums()
+    for result in results:
+        total.merge(result.sums)
+    relative_l2, cosine = total.relative_l2(), total.cosine()
+    return TableAccuracy(
+        table=table.name,
+        serving_precision=table.serving_precision,
+        rows=table.num_embeddings,
+        bytes_before=table.rows.bytes,
+        bytes_after=table.bytes,
+        max_absolute_error=total.largest,
+        mean_absolute_error=total.absolute / (table.num_embeddings * table.embedding_dim),
+        relative_l2=relative_l2,
+        cosine=cosine,
+    )
+
+
+def _join_probes(table: PlannedTable, results: Sequence[PieceResult]) -> ProbeRows:
+    trained = torch.cat([result.trained for result in results])
+    stored = torch.cat([result.stored for result in results])
+    return ProbeRows(table.probe_ids, trained, stored)
 
 
 class _UnstorableError(Exception):
     """A chunk has a value that its precision cannot hold."""
 
+    def __init__(self, table: PlannedTable) -> None:
+        super().__init__(table.name)
+        self.table = table
 
-def _write_table(fd: int, table: PlannedTable, position: int, workers: int, stages: dict[str, float]) -> Digest:
-    def run(starts: range) -> tuple[bytes, dict[str, float]]:
-        return _write_chunks(fd, table, position, starts)
 
+class _Stopwatch:
+    """Seconds by stage: `lap` adds what has passed since the last one."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
+
+
+def _write_piece(fd: int, piece: Piece) -> PieceResult:
+    """Reads, checks, converts, compares, measures, digests and writes the chunks of one piece."""
+    table = piece.table
+    ids = table.probe_ids[slice(*np.searchsorted(table.probe_ids, [piece.starts.start, piece.end]))]
+    picked_trained = torch.empty(len(ids), table.embedding_dim)
+    picked_stored = torch.empty(len(ids), table.embedding_dim, dtype=STORED_TYPES[table.precision])
+    buffer = torch.empty(min(piece.starts.step, table.num_embeddings), table.embedding_dim, dtype=picked_stored.dtype)
+    examiner = Examiner(table.name, table.precision)
     digests = []
-    try:
-        for part, seconds in map_ordered(run, chunk_groups(table.num_embeddings, table.row_bytes), workers):
-            digests.append(part)
-            for stage, value in seconds.items():
-                stages[stage] += value
-    except _UnstorableError:
-        # Counted here and not by a worker, so that it is done once and a signal can stop it.
-        chunks = table.rows.chunks(chunk_rows(table.row_bytes))
-        raise describe_unstorable(table.name, chunks, table.precision) from None
-    return combine(ROWS, digests)
-
-
-def _write_chunks(fd: int, table: PlannedTable, position: int, starts: range) -> tuple[bytes, dict[str, float]]:
-    """Converts and writes some chunks of one table; returns their digests and the seconds of each stage."""
-    size = min(chunk_rows(table.row_bytes), table.num_embeddings)
-    source = torch.empty(size, table.embedding_dim, dtype=table.rows.dtype)
-    stored = torch.empty(size, table.embedding_dim, dtype=STORED_TYPES[table.precision])
-    digests = []
-    seconds = dict.fromkeys(_STAGES, 0.0)
-    for start in starts:
-        count = min(size, table.num_embeddings - start)
-        times = [time.perf_counter()]
-        table.rows.read(start, source[:count])
-        times.append(time.perf_counter())
-        if not storable(source[:count], table.precision):
-            raise _UnstorableError
-        times.append(time.perf_counter())
-        convert_rows(source[:count], stored[:count])
-        times.append(time.perf_counter())
-        data = tensor_bytes(stored[:count])
+    watch = _Stopwatch()
+    for start, trained in table.rows.chunks(piece.starts):
+        watch.lap("read")
+        if not storable(trained, table.precision):
+            raise _UnstorableError(table)
+        watch.lap("check")
+        stored = buffer[: len(trained)]
+        convert_rows(trained, stored)
+        watch.lap("convert")
+        examiner.examine(start, trained, stored)
+        watch.lap("examine")
+        data = tensor_bytes(stored)
         digests.append(hashlib.sha256(data).digest())
-        times.append(time.perf_counter())
-        _write_at(fd, data, position + start * table.row_bytes)
-        times.append(time.perf_counter())
-        for stage, (begin, end) in zip(_STAGES, pairwise(times), strict=True):
-            seconds[stage] += end - begin
-    return b"".join(digests), seconds
+        watch.lap("digest")
+        _write_at(fd, data, piece.position + start * table.row_bytes)
+        first, last = np.searchsorted(ids, [start, start + len(trained)])
+        chosen = torch.from_numpy(ids[first:last] - start)
+        picked_trained[first:last] = trained[chosen].float()
+        picked_stored[first:last] = stored[chosen]
+        watch.lap("write")
+    # Linux starts to write dirty pages back, so that fsync has little left to wait for; they stay in the cache.
+    os.posix_fadvise(fd, piece.position + piece.starts.start * table.row_bytes, piece.bytes, os.POSIX_FADV_DONTNEED)
+    watch.lap("flush")
+    return PieceResult(b"".join(digests), examiner.sums, picked_trained, picked_stored, watch.seconds)
+
+
+def _digest_piece(fd: int, piece: Piece) -> bytes:
+    """The digests of the piece's chunks as they are in the file."""
+    row_bytes = piece.table.row_bytes
+    buffer = memoryview(bytearray(piece.starts.step * row_bytes))
+    digests = []
+    for start in piece.starts:
+        chunk = buffer[: (min(start + piece.starts.step, piece.end) - start) * row_bytes]
+        filled = 0
+        while filled < len(chunk):
+            count = os.preadv(fd, [chunk[filled:]], piece.position + start * row_bytes + filled)
+            if count == 0:
+                return b""
+            filled += count
+        digests.append(hashlib.sha256(chunk).digest())
+    return b"".join(digests)
 
 
 def _write_at(fd: int, data: memoryview, position: int) -> None:

@@ -5,8 +5,8 @@
     pooled = artifact({"user_id": [[3, 5], []], "item_id": [[7], [1, 2]]})
 
 Modules: `artifact` (load and look up), `inputs` (requests and their checks), `verify` (is it what was published),
-`weights` (the mapped weight file), `manifest` (the contract), `operators`
-(FBGEMM's libraries), `digests`, `parallel`, `errors`.
+`tensor_file` (a mapped file of known tensors), `weights` and `vocabulary` (its two kinds), `manifest` (the contract),
+`operators` (FBGEMM's libraries), `digests`, `parallel`, `errors`.
 """
 
 from runtime_py.artifact import Artifact, Pooled, load_artifact
@@ -22,11 +22,13 @@ from runtime_py.errors import (
     UnknownFieldError,
     UnknownFormatVersionError,
     UnsupportedError,
+    VocabularyFileError,
     WeightFileError,
 )
 from runtime_py.inputs import Jagged
 from runtime_py.manifest import Manifest
 from runtime_py.verify import verify_artifact
+from runtime_py.vocabulary import Vocabulary
 
 __all__ = [
     "Artifact",
@@ -44,6 +46,8 @@ __all__ = [
     "UnknownFieldError",
     "UnknownFormatVersionError",
     "UnsupportedError",
+    "Vocabulary",
+    "VocabularyFileError",
     "WeightFileError",
     "load_artifact",
     "verify_artifact",

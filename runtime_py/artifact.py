@@ -20,6 +20,7 @@ from runtime_py.inputs import Request, RequestReader
 from runtime_py.manifest import ROW_FORMATS, Graph, Manifest
 from runtime_py.operators import load_operators
 from runtime_py.verify import Verify, open_verified
+from runtime_py.vocabulary import Vocabulary
 
 __all__ = ["Artifact", "Pooled", "load_artifact"]
 
@@ -50,11 +51,19 @@ class Pooled:
 class Artifact:
     """A loaded artifact: call it with a request by name, or `lookup` with the raw signature.
 
-    It holds no state that a call changes, so any number of threads may use one.
+    `vocabularies` holds, by table name, what finds the rows of entity ids. The artifact holds no state that a call
+    changes, so any number of threads may use one.
     """
 
-    def __init__(self, manifest: Manifest, graph: torch.jit.ScriptModule, invalid_ids: InvalidIds) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        graph: torch.jit.ScriptModule,
+        invalid_ids: InvalidIds,
+        vocabularies: Mapping[str, Vocabulary],
+    ) -> None:
         self.manifest = manifest
+        self.vocabularies = MappingProxyType(dict(vocabularies))
         self._graph = graph
         self._reader = RequestReader(manifest)
         self._check_ids = invalid_ids == "error"
@@ -140,7 +149,8 @@ def load_artifact(
         path: the artifact's folder.
         device: "cpu".
         backend: "torchscript".
-        verify: "full" compares every digest, "sizes" compares all but the rows' (see `verify_artifact`).
+        verify: "full" compares every digest, "sizes" compares all but those of the rows and the vocabularies
+            (see `verify_artifact`).
         invalid_ids: "error" refuses a request with an id outside its table; "zero" gives that id a zero vector.
 
     Raises:
@@ -150,14 +160,14 @@ def load_artifact(
     """
     if invalid_ids not in ("error", "zero"):
         raise ValueError(f"invalid_ids must be 'error' or 'zero', got {invalid_ids!r}")
-    verified = open_verified(Path(path), verify)
-    with verified.weights:
+    with open_verified(Path(path), verify) as verified:
         manifest = verified.manifest
         graph = _choose_graph(manifest, backend, device)
         _load_operators(graph)
         scripted = _load_torchscript(manifest, graph, verified.contents[graph.path])
         scripted.weights = verified.weights.map()
-    artifact = Artifact(manifest, scripted, invalid_ids)
+        vocabularies = {table: Vocabulary(file) for table, file in verified.vocabularies.items()}
+    artifact = Artifact(manifest, scripted, invalid_ids, vocabularies)
     artifact.warm_up(graph.path)
     return artifact
 

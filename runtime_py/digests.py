@@ -4,11 +4,11 @@ An algorithm's name carries all its parameters, so that a digest can be checked 
 
 * `sha256`: SHA-256 of all bytes.
 * `sha256-zeroed`: SHA-256 of the file with the 64 hexadecimal digits of this very digest replaced by `0`.
-* `sha256-rows-<n>`: a table's rows are cut into chunks of `max(1, n // row_bytes)` whole rows, the last one shorter;
-  SHA-256 over the SHA-256 digests (32 raw bytes each) of all chunks in order. Chunks are independent, so that any
-  number of cores and machines can compute them.
-* `sha256-tables`: SHA-256 over the SHA-256 digest of the weight file's first bytes, up to its data, followed by the
-  digest of each table's rows in file order (32 raw bytes each).
+* `sha256-rows-<n>`: a table's rows, or a vocabulary's slots, are cut into chunks of `max(1, n // row_bytes)` whole rows,
+  the last one shorter; SHA-256 over the SHA-256 digests (32 raw bytes each) of all chunks in order. Chunks are
+  independent, so that any number of cores and machines can compute them.
+* `sha256-tables`, of the weight file and of a vocabulary: SHA-256 over the SHA-256 digest of its first bytes, up to its
+  data, followed by the digest of each tensor's rows in file order (32 raw bytes each).
 """
 
 import hashlib

@@ -15,6 +15,7 @@ __all__ = [
     "UnknownFieldError",
     "UnknownFormatVersionError",
     "UnsupportedError",
+    "VocabularyFileError",
     "WeightFileError",
 ]
 
@@ -53,6 +54,10 @@ class DigestMismatchError(ArtifactError):
 
 class WeightFileError(ArtifactError):
     """The weight file's header and the manifest disagree."""
+
+
+class VocabularyFileError(ArtifactError):
+    """A vocabulary's header and the manifest disagree."""
 
 
 class GraphError(ArtifactError):

@@ -11,6 +11,7 @@ import math
 import re
 import stat
 import types
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from runtime_py.digests import ROWS, SHA256, TABLES, ZEROED, Digest
 from runtime_py.errors import ManifestError, UnknownFieldError, UnknownFormatVersionError
+from runtime_py.tensor_file import encode_header
 
 __all__ = [
     "FORMAT_VERSION",
@@ -33,6 +35,7 @@ __all__ = [
     "ParitySummary",
     "Provenance",
     "SnapshotIdentity",
+    "StoredVocabulary",
     "Table",
     "TableAccuracy",
     "parse_manifest",
@@ -42,6 +45,7 @@ __all__ = [
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights/tables.safetensors"
+SLOT_BYTES = 16
 
 Json = dict[str, Any]
 
@@ -74,9 +78,58 @@ class Table:
     digest: Digest
 
     @property
+    def dtype(self) -> str:
+        """The safetensors type of the stored rows."""
+        return ROW_FORMATS[self.serving_precision].safetensors_dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the stored tensor."""
+        return self.num_embeddings, self.embedding_dim
+
+    @property
     def bytes(self) -> int:
         """All of the table's rows."""
         return self.num_embeddings * self.row_bytes
+
+
+@dataclass(frozen=True)
+class StoredVocabulary:
+    """A table's vocabulary: a hash table int64 [capacity, 2] of (entity id, row), -1 in empty slots, in its own file.
+
+    `digest` is that of the slots, as of a table's rows.
+    """
+
+    table: str
+    path: str
+    entities: int
+    capacity: int
+    digest: Digest
+
+    @property
+    def name(self) -> str:
+        """The tensor's name in the file: the table's."""
+        return self.table
+
+    @property
+    def dtype(self) -> str:
+        """The safetensors type of the slots."""
+        return "I64"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Slots, and their two numbers."""
+        return self.capacity, 2
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one slot."""
+        return SLOT_BYTES
+
+    @property
+    def bytes(self) -> int:
+        """All slots."""
+        return self.capacity * SLOT_BYTES
 
 
 @dataclass(frozen=True)
@@ -184,6 +237,7 @@ class Manifest:
     weighted: bool
     weights_offset_bytes: int
     weights_bytes: int
+    vocabularies: list[StoredVocabulary]
     graphs: list[Graph]
     files: list[File]
     accuracy: list[TableAccuracy]
@@ -201,6 +255,11 @@ class Manifest:
         """The files by path."""
         return {file.path: file for file in self.files}
 
+    @cached_property
+    def mapped(self) -> set[str]:
+        """The paths of the files that are as large as the tables: mapped, and never read as a whole."""
+        return {WEIGHTS, *(vocabulary.path for vocabulary in self.vocabularies)}
+
     def to_bytes(self) -> bytes:
         """The bytes of manifest.json, with a fresh manifest digest."""
         zeroed = dataclasses.replace(self, manifest_digest=Digest(ZEROED, "0" * 64))
@@ -214,9 +273,9 @@ class Manifest:
 def compute_artifact_id(manifest: Manifest) -> str:
     """The identity of what the artifact does, as 64 hexadecimal digits.
 
-    SHA-256 of the canonical JSON (keys sorted, no spaces, UTF-8) of the tables with their row digests, the features,
-    the outputs and the kinds of graph. Provenance, reports and the graph files' own bytes are outside it, so that the
-    same rows give the same id from any snapshot format on any machine.
+    SHA-256 of the canonical JSON (keys sorted, no spaces, UTF-8) of the tables with their row digests, the
+    vocabularies, the features, the outputs and the kinds of graph. Provenance, reports and the graph files' own bytes
+    are outside it, so that the same rows give the same id from any snapshot format on any machine.
     """
     content = {
         "features": [dataclasses.asdict(feature) for feature in manifest.features],
@@ -231,6 +290,10 @@ def compute_artifact_id(manifest: Manifest) -> str:
                 "serving_precision": table.serving_precision,
             }
             for table in manifest.tables
+        ],
+        "vocabularies": [
+            {"digest": str(vocabulary.digest), "entities": vocabulary.entities, "table": vocabulary.table}
+            for vocabulary in manifest.vocabularies
         ],
     }
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -293,8 +356,9 @@ def parse_manifest(data: bytes) -> Manifest:
     version = document.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise UnknownFormatVersionError(f"format_version is {version!r}, this reader knows {FORMAT_VERSION}")
+    if "manifest_digest" in document:  # first, so that damage is not taken for what a newer writer meant
+        _check_digest(data, _decode(Digest, document["manifest_digest"], "manifest_digest"))
     manifest: Manifest = _decode(Manifest, document, "")
-    _check_digest(data, manifest.manifest_digest)
     _check_consistency(manifest)
     return manifest
 
@@ -382,7 +446,7 @@ def _check_consistency(manifest: Manifest) -> None:
     _check_unique("files", [file.path for file in manifest.files])
     for file in manifest.files:
         _check_path(file.path)
-        expected = TABLES if file.path == WEIGHTS else SHA256
+        expected = TABLES if file.path in manifest.mapped else SHA256
         if file.digest.algorithm != expected:
             raise ManifestError(f"{file.path}: digest algorithm '{file.digest.algorithm}', expected '{expected}'")
         _check_hex(file.path, file.digest)
@@ -391,11 +455,12 @@ def _check_consistency(manifest: Manifest) -> None:
     for table in manifest.tables:
         _check_table(table)
     for name in [table.name for table in manifest.tables] + [feature.name for feature in manifest.features]:
-        if not name or not name.isprintable():
-            raise ManifestError(f"{name!r} cannot name a table or a feature: a name is printable and not empty")
-    for figures in manifest.accuracy:
-        if figures.table not in manifest.table:
-            raise ManifestError(f"accuracy: table '{figures.table}' is not in the manifest")
+        if not name or any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+            raise ManifestError(f"{name!r} cannot name a table or a feature: it is empty, or has control characters")
+    listed = [figures.table for figures in manifest.accuracy]
+    if listed != [table.name for table in manifest.tables]:
+        raise ManifestError(f"accuracy: expected one entry a table, in their order, got {listed}")
+    _check_vocabularies(manifest)
     for snapshot in manifest.provenance.snapshots:
         _check_hex(f"snapshot '{snapshot.uri}'", snapshot.digest)
     for feature in manifest.features:
@@ -405,7 +470,7 @@ def _check_consistency(manifest: Manifest) -> None:
         if not getattr(manifest, name):
             raise ManifestError(f"{name}: an artifact has at least one")
     for graph in manifest.graphs:
-        if graph.path not in manifest.file or graph.path == WEIGHTS:
+        if graph.path not in manifest.file or graph.path in manifest.mapped:
             raise ManifestError(f"graph '{graph.backend}': '{graph.path}' is not among the files")
         for library in graph.operator_libraries:
             if not _LIBRARY.fullmatch(library):
@@ -435,6 +500,38 @@ def _check_table(table: Table) -> None:
     if table.digest.algorithm != ROWS:
         raise ManifestError(f"table '{table.name}': digest algorithm '{table.digest.algorithm}', expected '{ROWS}'")
     _check_hex(f"table '{table.name}'", table.digest)
+
+
+def _check_vocabularies(manifest: Manifest) -> None:
+    names = [vocabulary.table for vocabulary in manifest.vocabularies]
+    _check_unique("vocabularies", names)
+    _check_unique("vocabularies", [vocabulary.path for vocabulary in manifest.vocabularies])
+    for vocabulary in manifest.vocabularies:
+        where = f"vocabulary of table '{vocabulary.table}'"
+        if vocabulary.table not in manifest.table:
+            raise ManifestError(f"{where}: the table is not in the manifest")
+        if vocabulary.path not in manifest.file or vocabulary.path == WEIGHTS:
+            raise ManifestError(f"{where}: '{vocabulary.path}' is not among the files")
+        rows = manifest.table[vocabulary.table].num_embeddings
+        if not 1 <= vocabulary.entities <= rows:
+            raise ManifestError(f"{where}: {vocabulary.entities} entities, expected 1 to {rows}, the table's rows")
+        # At least one slot is empty: it is what ends the search for an unknown id.
+        if not vocabulary.entities < vocabulary.capacity < 2**63 // SLOT_BYTES:
+            raise ManifestError(
+                f"{where}: capacity is {vocabulary.capacity}, expected more than its {vocabulary.entities} entities, "
+                "and less than 2**59"
+            )
+        if vocabulary.digest.algorithm != ROWS:
+            raise ManifestError(f"{where}: digest algorithm '{vocabulary.digest.algorithm}', expected '{ROWS}'")
+        _check_hex(where, vocabulary.digest)
+        size = len(encode_header([vocabulary])) + vocabulary.bytes
+        if manifest.file[vocabulary.path].bytes != size:
+            raise ManifestError(
+                f"{vocabulary.path}: {manifest.file[vocabulary.path].bytes} bytes, expected {size} "
+                f"(header and {vocabulary.capacity} slots)"
+            )
+    if names != [table.name for table in manifest.tables if table.name in names]:
+        raise ManifestError("vocabularies are not in the order of the tables")
 
 
 def _check_unique(what: str, names: list[str]) -> None:

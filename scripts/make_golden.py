@@ -2,7 +2,7 @@
 """Writes artifacts/golden/format-1, the tiny artifact that every later reader must load. Run once a format version.
 
 Its rows are multiples of 1/4, exact in fp16, so that a test can say by hand what a lookup gives:
-value(table, row, column) = (100 * table + 10 * row + column) / 4.
+value(table, row, column) = (100 * table + 10 * row + column) / 4. The table `user` has a vocabulary with one hole.
 """
 
 import argparse
@@ -11,16 +11,19 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pyarrow as pa
 import torch
+from pyarrow import parquet
 
 from export import build_artifact
 
 TABLES = [
-    {"name": "user", "num_embeddings": 5, "embedding_dim": 4, "data_type": "fp32"},
+    {"name": "user", "num_embeddings": 5, "embedding_dim": 4, "data_type": "fp32", "vocab": "user.parquet"},
     {"name": "item", "num_embeddings": 3, "embedding_dim": 2, "data_type": "fp32", "serving_precision": "fp32"},
     {"name": "tag", "num_embeddings": 4, "embedding_dim": 3, "data_type": "fp32", "pooling": "mean"},
     {"name": "seen", "num_embeddings": 4, "embedding_dim": 8, "data_type": "fp32", "weighted": True},
 ]
+USERS = {"entity_id": [2**63 - 1, -(2**63), 1000, 0], "index": [4, 3, 1, 0]}
 GOLDEN = Path(__file__).parents[1] / "artifacts" / "golden" / "format-1"
 
 
@@ -39,6 +42,7 @@ def main() -> None:
         folder = Path(name)
         state = {f"ebc.embedding_bags.{table['name']}.weight": rows(i, table) for i, table in enumerate(TABLES)}
         torch.save(state, folder / "snapshot.pt")
+        parquet.write_table(pa.table(USERS), folder / "user.parquet")
         config = folder / "release.yaml"
         config.write_text(json.dumps({"large_embeddings": {"tables": TABLES}, "snapshot": {"uri": "snapshot.pt"}}))
         print(build_artifact(config, GOLDEN, workers=1).manifest.artifact_id)

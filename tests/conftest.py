@@ -1,5 +1,6 @@
 """Fixtures that the tests share: one small snapshot, one artifact built from it, and copies to damage."""
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,7 +9,11 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
-from support import TABLES, make_rows, state_dict, write_config, write_dcp
+from support import TABLES, make_rows, state_dict, with_vocabularies, write_config, write_dcp
+
+# Two processes of tests on two cores: torch's default of two threads each only makes them wait for one another.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 settings.register_profile("shared machine", deadline=None)  # a slow example is no failure
 settings.load_profile("shared machine")
@@ -31,6 +36,16 @@ def built_artifact(tmp_path_factory: pytest.TempPathFactory, dcp_snapshot: Path)
 
     folder = tmp_path_factory.mktemp("artifact")
     config = write_config(folder / "release.yaml", dcp_snapshot)
+    return build_artifact(config, folder / "artifact", workers=2).artifact
+
+
+@pytest.fixture(scope="session")
+def vocabulary_artifact(tmp_path_factory: pytest.TempPathFactory, dcp_snapshot: Path) -> Path:
+    """As `built_artifact`, with the vocabularies of `ENTITIES`; a module may take it for its `built_artifact`."""
+    from export import build_artifact
+
+    folder = tmp_path_factory.mktemp("vocabularies")
+    config = write_config(folder / "release.yaml", dcp_snapshot, with_vocabularies(folder / "entities"))
     return build_artifact(config, folder / "artifact", workers=2).artifact
 
 

@@ -10,6 +10,36 @@ def stored_rows(trained: np.ndarray, precision: str) -> np.ndarray:
     return trained.astype({"fp32": np.float32, "fp16": np.float16}[precision])
 
 
+def hash_entity(entity: int) -> int:
+    """MurmurHash3's 64-bit finalizer of an int64, as uint64."""
+    mask = 2**64 - 1
+    h = entity & mask
+    h ^= h >> 33
+    h = h * 0xFF51AFD7ED558CCD & mask
+    h ^= h >> 33
+    h = h * 0xC4CEB9FE1A85EC53 & mask
+    return h ^ h >> 33
+
+
+def vocabulary_slots(entity_of_row: Mapping[int, int], capacity: int) -> np.ndarray:
+    """The hash table int64 [capacity, 2] of entities by row: linear probing, in the order of rows."""
+    slots = np.full((capacity, 2), -1, np.int64)
+    for row, entity in sorted(entity_of_row.items()):
+        slot = hash_entity(entity) % capacity
+        while slots[slot, 0] != -1:
+            slot = (slot + 1) % capacity
+        slots[slot] = entity, row
+    return slots
+
+
+def find_row(slots: np.ndarray, entity: int) -> int:
+    """The row of an entity in such a hash table, or -1."""
+    slot = hash_entity(entity) % len(slots)
+    while slots[slot, 0] not in (-1, entity):
+        slot = (slot + 1) % len(slots)
+    return int(slots[slot, 1])
+
+
 def pooled_bag(rows: np.ndarray, ids: Sequence[int], pooling: str, weights: Sequence[float] | None) -> np.ndarray:
     """One bag, float32 [D], added up in the order of its ids as FBGEMM does; an id outside the table adds nothing."""
     total = np.zeros(rows.shape[1], np.float32)

@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
+from pyarrow import parquet
 from torch.distributed import checkpoint
 
 TABLES: list[dict[str, Any]] = [
@@ -22,6 +25,11 @@ TABLES: list[dict[str, Any]] = [
     {"name": "tag", "num_embeddings": 7, "embedding_dim": 16, "data_type": "fp32", "pooling": "mean"},
     {"name": "age", "num_embeddings": 1, "embedding_dim": 4, "data_type": "fp32", "serving_precision": "fp32"},
 ]
+# Entity ids by row: `user` has holes at its end, `item` has none.
+ENTITIES: dict[str, list[int]] = {
+    "user": [(-1) ** row * (2**40 + 7 * row) for row in range(250)],
+    "item": [-(2**63), 2**63 - 1, 0, -2, 1, *range(100, 136)],
+}
 FEATURES = ["user", "item", "last_item", "tag", "age"]
 PREFIX = "model.embeddings.ebc"
 TYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -59,6 +67,22 @@ def write_config(path: Path, snapshot: Path | str, tables: list[dict[str, Any]] 
     document = {"large_embeddings": {"tables": tables}, "snapshot": {"uri": str(snapshot)}, **sections}
     path.write_text(json.dumps(document, indent=1))
     return path
+
+
+def write_entities(path: Path, ids: Sequence[Any], rows: Sequence[Any] | None = None, **names: str) -> Path:
+    """A parquet file with the columns `entity_id` and `index` (or as `names` calls them); rows count from 0."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = np.arange(len(ids)) if rows is None else rows
+    columns = {names.get("entity_id", "entity_id"): pa.array(ids), names.get("index", "index"): pa.array(rows)}
+    parquet.write_table(pa.table(columns), path)
+    return path
+
+
+def with_vocabularies(folder: Path) -> list[dict[str, Any]]:
+    """`TABLES` with the vocabularies of `ENTITIES`, whose parquet files it writes into `folder`."""
+    for table, ids in ENTITIES.items():
+        write_entities(folder / table / "part-0.parquet", np.array(ids, np.int64))
+    return [table | ({"vocab": str(folder / table["name"])} if table["name"] in ENTITIES else {}) for table in TABLES]
 
 
 def run_export(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:

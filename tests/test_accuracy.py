@@ -3,89 +3,93 @@
 import numpy as np
 import pytest
 import torch
-from support import make_rows, state_dict, write_config
+from hypothesis import given
+from hypothesis import strategies as st
 
-from export.accuracy import TableAccuracy, check_budget, examine_table
-from export.config import Budget, Precision, load_config
+from export.accuracy import ErrorSums, Examiner, check_budget
+from export.config import Budget, Precision
 from export.errors import GateError
-from export.snapshots import open_snapshot
-from export.weight_file import PlannedTable
-from runtime_py.verify import open_verified
-
-TABLES = [
-    {"name": "wide", "num_embeddings": 9000, "embedding_dim": 64, "data_type": "fp32"},  # several chunks
-    {"name": "zero", "num_embeddings": 5, "embedding_dim": 4, "data_type": "fp32"},
-    {"name": "small", "num_embeddings": 5, "embedding_dim": 4, "data_type": "fp16"},
-]
+from runtime_py.manifest import TableAccuracy
 
 
-@pytest.fixture
-def prepared(rebuild, tmp_path):
-    """Artifact, planned tables and trained rows."""
-    rows = make_rows(TABLES, seed=3)
-    rows["zero"].zero_()
-    rows["wide"][8999, 63] = 60_000.0
-    artifact = rebuild(TABLES, rows)
-    config = load_config(tmp_path / "release.yaml")
-    snapshot = open_snapshot(config.snapshot)
-    tables = config.large_embeddings.tables
-    planned = {table.name: PlannedTable(table.name, snapshot.table(table), Precision.FP16) for table in tables}
-    return artifact, planned, rows
+def examine(trained, stored, chunk=1000, precision=Precision.FP16):
+    """The sums over a table, chunk by chunk."""
+    examiner = Examiner("wide", precision)
+    for start in range(0, len(trained), chunk):
+        examiner.examine(start, trained[start : start + chunk], stored[start : start + chunk])
+    return examiner.sums
 
 
-def examine(prepared, name, ids=()):
-    artifact, planned, _ = prepared
-    with open_verified(artifact, "sizes").weights as weights:
-        return examine_table(planned[name], weights, np.array(ids, np.int64), 2)
+def randn(*shape, seed=3):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_figures_equal_those_of_numpy_over_every_row(prepared):
-    x = prepared[2]["wide"].numpy().astype(np.float64)
+def test_figures_equal_those_of_numpy_over_every_row():
+    trained = randn(9000, 64)
+    trained[8999, 63] = 60_000.0
+    x = trained.numpy().astype(np.float64)
     y = x.astype(np.float16).astype(np.float64)
-    accuracy, _ = examine(prepared, "wide")
-    assert accuracy.rows == 9000
-    assert accuracy.bytes_before == 9000 * 64 * 4
-    assert accuracy.bytes_after == 9000 * 64 * 2
-    assert accuracy.max_absolute_error == np.abs(y - x).max()
-    assert accuracy.mean_absolute_error == pytest.approx(np.abs(y - x).mean(), rel=1e-5)
-    assert accuracy.relative_l2 == pytest.approx(np.linalg.norm(y - x) / np.linalg.norm(x), rel=1e-5)
-    assert accuracy.cosine == pytest.approx((x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y), rel=1e-9)
+    sums = examine(trained, trained.half())
+    assert sums.largest == np.abs(y - x).max()
+    assert sums.absolute == pytest.approx(np.abs(y - x).sum(), rel=1e-5)
+    assert sums.relative_l2() == pytest.approx(np.linalg.norm(y - x) / np.linalg.norm(x), rel=1e-5)
+    assert sums.cosine() == pytest.approx((x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y), rel=1e-9)
 
 
-def test_a_table_of_zeros_has_no_relative_error_and_an_exact_one_has_none(prepared):
-    zero, _ = examine(prepared, "zero")
-    assert (zero.max_absolute_error, zero.relative_l2, zero.cosine) == (0.0, None, None)
-    half, _ = examine(prepared, "small")
-    assert (half.max_absolute_error, half.relative_l2, half.cosine) == (0.0, 0.0, 1.0)
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_squares_beyond_float32_are_added_in_float64(scale):
+    trained = randn(50, 8) * scale
+    sums = examine(trained, trained.clone(), precision=Precision.FP32)
+    assert sums.square == pytest.approx((trained.double() ** 2).sum().item(), rel=1e-6)
+    assert (sums.relative_l2(), sums.cosine()) == (0.0, 1.0)
 
 
-def test_probe_rows_are_picked_up_by_id_across_chunks(prepared):
-    ids = [0, 1, 8191, 8192, 8999]
-    _, probes = examine(prepared, "wide", ids)
-    assert torch.equal(probes.trained, prepared[2]["wide"][ids])
-    assert torch.equal(probes.stored, prepared[2]["wide"][ids].half())
+def test_a_table_of_zeros_has_no_relative_error_and_an_exact_one_has_none():
+    zero = examine(torch.zeros(5, 4), torch.zeros(5, 4).half())
+    assert (zero.largest, zero.relative_l2(), zero.cosine()) == (0.0, None, None)
+    half = examine(randn(5, 4).half(), randn(5, 4).half())
+    assert (half.largest, half.relative_l2(), half.cosine()) == (0.0, 0.0, 1.0)
+    for value in (1e-9, 3e-16, 1e-30):
+        lost = examine(torch.full((5, 4), value), torch.zeros(5, 4).half())
+        assert (lost.relative_l2(), lost.cosine()) == (1.0, 0.0)
 
 
-def test_one_wrong_stored_value_is_named(prepared):
-    artifact = prepared[0]
-    path = artifact / "weights" / "tables.safetensors"
-    data = bytearray(path.read_bytes())
-    offset = 4096 + (8500 * 64 + 17) * 2  # 'wide' comes first: its rows are the most aligned
-    data[offset] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(GateError, match=r"table 'wide': row 8500, column 17 is stored as .* the reference makes"):
-        examine(prepared, "wide")
+def test_sums_add_up_over_pieces():
+    trained = randn(900, 8)
+    whole, parts = examine(trained, trained.half()), ErrorSums()
+    for part in trained.split(300):
+        parts.merge(examine(part, part.half()))
+    assert parts.largest == whole.largest
+    assert parts.relative_l2() == pytest.approx(whole.relative_l2(), rel=1e-6)
 
 
-def test_rows_that_the_snapshot_no_longer_has_are_named(prepared, tmp_path):
-    changed = {name: tensor.clone() for name, tensor in prepared[2].items()}
-    changed["small"][4, 3] += 1
-    torch.save(state_dict(changed), tmp_path / "other.pt")
-    config = load_config(write_config(tmp_path / "other.yaml", tmp_path / "other.pt", TABLES))
-    table = config.large_embeddings.tables[2]
-    planned = PlannedTable("small", open_snapshot(config.snapshot).table(table), Precision.FP16)
-    with pytest.raises(GateError, match="table 'small': row 4, column 3"):
-        examine((prepared[0], {"small": planned}, None), "small")
+@pytest.mark.parametrize("trained_type", [torch.float32, torch.float16])
+@pytest.mark.parametrize("precision", [Precision.FP16, Precision.FP32])
+def test_one_wrong_bit_is_named(trained_type, precision):
+    trained = randn(2000, 64).half().to(trained_type)  # so that every pair of types stores it exactly
+    stored = trained.to({Precision.FP16: torch.float16, Precision.FP32: torch.float32}[precision], copy=True)
+    examine(trained, stored, precision=precision)
+    stored.view(torch.int16 if precision is Precision.FP16 else torch.int32)[1500, 17] ^= 1
+    with pytest.raises(GateError, match=r"table 'wide': row 1500, column 17 is stored as .* the reference makes"):
+        examine(trained, stored, precision=precision)
+
+
+def test_the_sign_of_what_rounds_to_zero_counts():
+    trained = torch.tensor([[-1e-10, 1e-10, -0.0, 0.0]])
+    examine(trained, trained.half())
+    with pytest.raises(GateError, match="column 0"):
+        examine(trained, trained.half().abs())
+
+
+# Ties, the largest value below infinity, subnormals of both types: everything but NaN and what overflows.
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=200))
+def test_the_reference_rounds_as_ieee_754_says(patterns):
+    values = np.array([*patterns, *(pattern & 0xFFFFE000 | 0x1000 for pattern in patterns)], np.uint32).view(np.float32)
+    values = np.append(values[np.isfinite(values) & (np.abs(values) < 65520)], np.float32(0))
+    trained, stored = torch.from_numpy(values)[None], torch.from_numpy(values.astype(np.float16))[None]
+    examine(trained, stored)  # numpy's conversion is what it expects
+    with pytest.raises(GateError):  # and nothing else
+        examine(trained, (stored.view(torch.int16) ^ 1).view(torch.float16))
 
 
 def accuracy_of(**figures):

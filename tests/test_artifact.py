@@ -41,10 +41,11 @@ from runtime_py.manifest import (
     ParitySummary,
     Provenance,
     Table,
+    TableAccuracy,
     compute_artifact_id,
     read_manifest,
 )
-from runtime_py.weights import encode_header
+from runtime_py.tensor_file import encode_header
 
 WEIGHTS = "weights/tables.safetensors"
 GRAPH = "graphs/lookup.torchscript.pt"
@@ -606,6 +607,7 @@ def huge(tmp_path: Path) -> Path:
         weighted=False,
         weights_offset_bytes=len(header),
         weights_bytes=5 * 2**30,
+        vocabularies=[],
         graphs=[
             Graph(
                 "torchscript",
@@ -620,7 +622,7 @@ def huge(tmp_path: Path) -> Path:
             File(WEIGHTS, len(header) + 5 * 2**30, Digest("sha256-tables", "b" * 64)),
             File(GRAPH, len(graph), sha256(graph)),
         ],
-        accuracy=[],
+        accuracy=[TableAccuracy("huge", "fp16", rows, 0, 0, 0.0, 0.0, None, None)],
         parity=ParitySummary(0, 0, "", 0.0, 0.0),
         provenance=Provenance([], {}, {}, ""),
         manifest_digest=Digest("", ""),

@@ -1,4 +1,4 @@
-"""The main path: from every snapshot format to one artifact, checked from outside."""
+"""The main path: from a snapshot to an artifact, checked from outside."""
 
 import json
 import subprocess
@@ -10,8 +10,7 @@ import pytest
 import torch
 from references import stored_rows
 from safetensors import safe_open
-from safetensors.torch import save_file
-from support import FEATURES, PREFIX, TABLES, make_rows, state_dict, write_config, write_dcp
+from support import FEATURES, PREFIX, TABLES, make_rows, state_dict, write_config
 
 from export import build_artifact
 from export.errors import ExportError, GateError, RowsError, SnapshotError
@@ -21,49 +20,6 @@ from runtime_py import load_artifact, verify_artifact
 def build(tmp_path, snapshot, name="artifact", tables=TABLES, **sections):
     config = write_config(tmp_path / f"{name}.yaml", snapshot, tables, **sections)
     return build_artifact(config, tmp_path / name, workers=2)
-
-
-def write_safetensors(folder, rows):
-    save_file({name: tensor.contiguous() for name, tensor in state_dict(rows).items()}, folder / "s.safetensors")
-    return folder / "s.safetensors"
-
-
-def write_indexed_safetensors(folder, rows):
-    folder = folder / "indexed"
-    folder.mkdir()
-    weight_map = {}
-    for number, (name, tensor) in enumerate(state_dict(rows).items()):
-        save_file({name: tensor}, folder / f"{number}.safetensors")
-        weight_map[name] = f"{number}.safetensors"
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return folder
-
-
-def write_state_dict(folder, rows):
-    torch.save(
-        {"model": {"ebc": {"embedding_bags": {n: {"weight": t} for n, t in rows.items()}}}, "step": 3}, folder / "s.pt"
-    )
-    return folder / "s.pt"
-
-
-def write_steps(folder, rows):
-    write_dcp(folder / "steps" / "2", make_rows(TABLES, seed=9))
-    write_dcp(folder / "steps" / "10", rows)
-    return folder / "steps"
-
-
-WRITERS = [write_dcp, write_safetensors, write_indexed_safetensors, write_state_dict, write_steps]
-
-
-@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
-def test_every_source_gives_the_same_artifact_id_and_bytes(tmp_path, rows, built_artifact, write):
-    target = tmp_path / "snapshot" if write is write_dcp else tmp_path
-    result = build(tmp_path, write(target, rows))
-    reference = verify_artifact(built_artifact)
-    assert result.manifest.artifact_id == reference.artifact_id
-    weights = "weights/tables.safetensors"
-    assert (result.artifact / weights).read_bytes() == (built_artifact / weights).read_bytes()
-    assert result.manifest.provenance.snapshots[0].step == (10 if write is write_steps else None)
 
 
 def test_workers_do_not_change_a_byte_of_the_rows_or_the_graph(tmp_path, dcp_snapshot):
@@ -214,10 +170,10 @@ def test_a_missing_table_a_wrong_shape_and_a_wrong_type_are_refused_by_name(tmp_
     refuse(tmp_path, SnapshotError, r"'user': .*torch.float16, .*data_type: fp32", rows | {"user": rows["user"].half()})
 
 
-def test_a_budget_that_fails_is_a_gate_error_and_leaves_nothing(tmp_path, rows):
+def test_a_budget_that_fails_is_a_gate_error_and_leaves_nothing(tmp_path, dcp_snapshot):
     parity = {"budgets": {"fp16": {"max_relative_l2": 1e-9}}, "table_budgets": {"tag": {}}}
     with pytest.raises(GateError) as caught:
-        build(tmp_path, write_state_dict(tmp_path, rows), "refused", parity=parity)
+        build(tmp_path, dcp_snapshot, "refused", parity=parity)
     lines = str(caught.value).splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("table 'user': relative_l2 is 0.0002")

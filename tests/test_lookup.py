@@ -16,7 +16,7 @@ from export.lookup import Lookup, WeightedLookup, make_lookup
 from export.torchscript import write_torchscript
 from runtime_py.digests import ROWS, Digest
 from runtime_py.manifest import Feature, Table, row_bytes
-from runtime_py.weights import layout_tables
+from runtime_py.tensor_file import layout_tables
 
 
 def describe(shapes: dict[str, tuple[int, int, str]]) -> list[Table]:

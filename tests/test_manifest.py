@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import TABLES
+from support import TABLES, with_vocabularies
 
 from runtime_py import ManifestError, UnknownFieldError, UnknownFormatVersionError
 from runtime_py.manifest import Manifest, compute_artifact_id, parse_manifest, read_manifest
@@ -64,6 +64,11 @@ def identify(document: Document) -> str:
             | {"digest": "{algorithm}:{value}".format(**digests[table["name"]])}
             for table in document["tables"]
         ],
+        "vocabularies": [
+            {key: vocabulary[key] for key in ("table", "entities")}
+            | {"digest": "{algorithm}:{value}".format(**vocabulary["digest"])}
+            for vocabulary in document["vocabularies"]
+        ],
     }
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -76,6 +81,11 @@ def refusal(data: bytes, what: str = "this manifest") -> ManifestError:
     except ManifestError as error:
         return error
     pytest.fail(f"{what} was not refused")
+
+
+@pytest.fixture(scope="module")
+def built_artifact(vocabulary_artifact: Path) -> Path:
+    return vocabulary_artifact
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +141,12 @@ def test_a_manifest_is_written_again_as_the_very_bytes_that_were_read(original: 
 
 def test_the_walk_reaches_every_part_of_the_manifest(document: Document) -> None:
     paths = [spell(path) for path, _ in walk(document)]
-    for path in ("tables[3].digest.value", "provenance.snapshots[0].step", "graphs[0].operator_libraries[1]"):
+    for path in (
+        "tables[3].digest.value",
+        "vocabularies[1].capacity",
+        "provenance.snapshots[0].step",
+        "graphs[0].operator_libraries[1]",
+    ):
         assert path in paths
     assert len(paths) > 100
 
@@ -188,7 +203,7 @@ def test_a_missing_format_version_is_refused(document: Document) -> None:
 
 
 def test_the_version_is_judged_before_fields_that_another_version_may_have(document: Document) -> None:
-    document |= {"format_version": 2, "vocabularies": [], "manifest_digest": "blake3:…"}
+    document |= {"format_version": 2, "caches": [], "manifest_digest": "blake3:…"}
     assert type(refusal(seal(document))) is UnknownFormatVersionError
 
 
@@ -410,6 +425,7 @@ def test_a_manifest_that_lists_itself_is_refused(document: Document) -> None:
         ("outputs", "user"),
         ("graphs", "torchscript for cpu"),
         ("files", WEIGHTS),
+        ("vocabularies", "user"),
     ],
 )
 def test_what_is_listed_twice_is_refused(document: Document, where: str, twice: str) -> None:
@@ -426,6 +442,7 @@ def test_a_feature_of_an_unknown_table_is_refused(document: Document) -> None:
 def test_an_artifact_without_features_or_without_tables_is_refused(document: Document, field: str) -> None:
     document |= {"features": [], "outputs": []}
     if field == "tables":
+        drop_vocabularies(document)
         document |= {"tables": [], "weights_bytes": 0, "accuracy": []}
         document["files"][0]["bytes"] = HEADER_BYTES
     document["artifact_id"] = identify(document)
@@ -435,6 +452,13 @@ def test_an_artifact_without_features_or_without_tables_is_refused(document: Doc
 def put(*path: Step, value: Any) -> Edit:
     """An edit that sets one field."""
     return lambda document: at(document, path[:-1]).__setitem__(path[-1], value)
+
+
+def drop_vocabularies(document: Document) -> None:
+    document["vocabularies"] = []
+    for file in document["files"]:
+        if file["path"] in ("vocab/user.safetensors", "vocab/item.safetensors"):
+            file["digest"]["algorithm"] = "sha256"
 
 
 CONTRADICTIONS: list[tuple[str, Edit, str]] = [
@@ -483,18 +507,109 @@ CONTRADICTIONS: list[tuple[str, Edit, str]] = [
     (
         "accuracy of an unknown table",
         put("accuracy", 0, "table", value="users"),
-        "accuracy: table 'users' is not in the manifest",
+        "accuracy: expected one entry a table, in their order, got ['users', ",
+    ),
+    ("table without accuracy", lambda document: document["accuracy"].pop(), "accuracy: expected one entry a table"),
+    ("order of accuracy", lambda document: document["accuracy"].reverse(), "accuracy: expected one entry a table"),
+    (
+        "accuracy given twice",
+        lambda document: document["accuracy"].append(document["accuracy"][-1]),
+        "accuracy: expected one entry a table",
     ),
     (
         "snapshot's digest",
         put("provenance", "snapshots", 0, "digest", "value", value="ab"),
         "snapshot '",
     ),
-    ("nameless table", put("tables", 0, "name", value=""), "'' cannot name a table or a feature: a name is printable"),
+    (
+        "nameless table",
+        put("tables", 0, "name", value=""),
+        "'' cannot name a table or a feature: it is empty, or has control characters",
+    ),
     (
         "feature with a line feed",
         put("features", 0, "name", value="us\ner"),
-        "'us\\ner' cannot name a table or a feature: a name is printable and not empty",
+        "'us\\ner' cannot name a table or a feature: it is empty, or has control characters",
+    ),
+    ("table with a C1 control", put("tables", 0, "name", value="us\x85er"), "'us\\x85er' cannot name a table"),
+    ("nameless feature", put("features", 0, "name", value=""), "'' cannot name a table or a feature"),
+    (
+        "vocabulary of an unknown table",
+        put("vocabularies", 0, "table", value="users"),
+        "vocabulary of table 'users': the table is not in the manifest",
+    ),
+    (
+        "vocabulary that is not listed",
+        put("vocabularies", 0, "path", value="vocab/users.safetensors"),
+        "vocab/user.safetensors: digest algorithm 'sha256-tables', expected 'sha256'",
+    ),
+    (
+        "vocabulary whose file is missing",
+        lambda document: document["files"].pop(3),
+        "vocabulary of table 'item': 'vocab/item.safetensors' is not among the files",
+    ),
+    (
+        "vocabularies that share a file",
+        put("vocabularies", 1, "path", value="vocab/user.safetensors"),
+        "vocab/item.safetensors: digest algorithm 'sha256-tables', expected 'sha256'",
+    ),
+    (
+        "vocabularies in another order",
+        lambda document: document["vocabularies"].reverse(),
+        "vocabularies are not in the order of the tables",
+    ),
+    (
+        "vocabulary of nobody",
+        put("vocabularies", 0, "entities", value=0),
+        "vocabulary of table 'user': 0 entities, expected 1 to 300, the table's rows",
+    ),
+    (
+        "vocabulary of more entities than rows",
+        put("vocabularies", 0, "entities", value=301),
+        "vocabulary of table 'user': 301 entities, expected 1 to 300, the table's rows",
+    ),
+    (
+        "vocabulary without an empty slot",
+        put("vocabularies", 0, "capacity", value=250),
+        "vocabulary of table 'user': capacity is 250, expected more than its 250 entities",
+    ),
+    (
+        "capacity beyond any file",
+        put("vocabularies", 0, "capacity", value=2**59),
+        f"vocabulary of table 'user': capacity is {2**59}, expected more than its 250 entities, and less than 2**59",
+    ),
+    (
+        "largest capacity of another file",
+        put("vocabularies", 0, "capacity", value=2**59 - 1),
+        f"vocab/user.safetensors: 12096 bytes, expected {4096 + 16 * (2**59 - 1)} ",
+    ),
+    (
+        "capacity of another file",
+        put("vocabularies", 0, "capacity", value=501),
+        "vocab/user.safetensors: 12096 bytes, expected 12112 (header and 501 slots)",
+    ),
+    (
+        "algorithm of a vocabulary",
+        put("vocabularies", 0, "digest", "algorithm", value="sha256"),
+        "vocabulary of table 'user': digest algorithm 'sha256', expected 'sha256-rows-1048576'",
+    ),
+    (
+        "algorithm of a vocabulary's file",
+        put("files", 2, "digest", "algorithm", value="sha256"),
+        "vocab/user.safetensors: digest algorithm 'sha256', expected 'sha256-tables'",
+    ),
+    (
+        "short digest of a vocabulary",
+        put("vocabularies", 0, "digest", "value", value="ab"),
+        "vocabulary of table 'user': digest value must be 64 lower-case hexadecimal digits, got 'ab'",
+    ),
+    ("entities", put("vocabularies", 0, "entities", value=249), "artifact_id is "),
+    ("vocabulary's digest", put("vocabularies", 0, "digest", "value", value="a" * 64), "artifact_id is "),
+    ("no vocabulary", lambda document: drop_vocabularies(document), "artifact_id is "),
+    (
+        "vocabulary as a graph",
+        put("graphs", 0, "path", value="vocab/user.safetensors"),
+        "graph 'torchscript': 'vocab/user.safetensors' is not among the files",
     ),
     ("no graph", lambda document: document["graphs"].clear(), "graphs: an artifact has at least one"),
     (
@@ -541,7 +656,7 @@ CONTRADICTIONS: list[tuple[str, Edit, str]] = [
     ),
     (
         "short digest",
-        put("files", 2, "digest", "value", value="ab"),
+        put("files", -2, "digest", "value", value="ab"),
         "reports/accuracy.json: digest value must be 64 lower-case hexadecimal digits, got 'ab'",
     ),
     (
@@ -551,7 +666,7 @@ CONTRADICTIONS: list[tuple[str, Edit, str]] = [
     ),
     (
         "digest with a newline",
-        put("files", 3, "digest", "value", value="a" * 64 + "\n"),
+        put("files", -1, "digest", "value", value="a" * 64 + "\n"),
         "reports/parity.json: digest value must be 64 lower-case hexadecimal digits",
     ),
 ]
@@ -563,6 +678,13 @@ def test_a_contradiction_is_refused(document: Document, edit: Edit, message: str
     error = refusal(seal(document))
     assert type(error) is ManifestError
     assert str(error).startswith(message)
+
+
+@pytest.mark.parametrize("name", ["us\u00ader", "us\u2028er", "\ue000", "\U000e0fff", " "])
+def test_any_other_name_is_read_whatever_the_python_version_knows_of_unicode(document: Document, name: str) -> None:
+    document["features"][0]["name"] = document["outputs"][0]["key"] = name
+    document["artifact_id"] = identify(document)
+    assert parse_manifest(seal(document)).features[0].name == name
 
 
 # --- The file --------------------------------------------------------------------------------------------------------
@@ -609,6 +731,7 @@ def test_the_artifact_id_ignores_provenance_reports_and_the_bytes_of_files(manif
 
 def test_the_artifact_id_changes_with_all_that_the_artifact_does(manifest: Manifest, subtests: pytest.Subtests) -> None:
     table, feature, output = manifest.tables[0], manifest.features[0], manifest.outputs[0]
+    vocabulary = manifest.vocabularies[0]
 
     def with_first(items: str, item: object) -> Manifest:
         return replace(manifest, **{items: [item, *getattr(manifest, items)[1:]]})
@@ -629,6 +752,10 @@ def test_the_artifact_id_changes_with_all_that_the_artifact_does(manifest: Manif
         "output's key": with_first("outputs", replace(output, key="users")),
         "order of outputs": replace(manifest, outputs=manifest.outputs[::-1]),
         "kinds of graph": replace(manifest, graphs=[]),
+        "a vocabulary": replace(manifest, vocabularies=manifest.vocabularies[:1]),
+        "vocabulary's slots": with_first("vocabularies", replace(vocabulary, digest=table.digest)),
+        "entities": with_first("vocabularies", replace(vocabulary, entities=249)),
+        "vocabulary's table": with_first("vocabularies", replace(vocabulary, table="tag")),
     }.items():
         with subtests.test(change=name):
             artifact_id = compute_artifact_id(other)
@@ -638,10 +765,10 @@ def test_the_artifact_id_changes_with_all_that_the_artifact_does(manifest: Manif
 
 
 def test_the_same_rows_from_another_snapshot_format_give_the_same_artifact_id(
-    built_artifact: Path, rebuild: Callable[..., Path], rows: dict[str, torch.Tensor]
+    built_artifact: Path, rebuild: Callable[..., Path], rows: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     """`built_artifact` comes from a DCP snapshot, this one from a state dict."""
-    before, after = read_manifest(built_artifact), read_manifest(rebuild(TABLES, rows))
+    before, after = read_manifest(built_artifact), read_manifest(rebuild(with_vocabularies(tmp_path), rows))
     assert before.provenance != after.provenance
     assert before.artifact_id == after.artifact_id
 

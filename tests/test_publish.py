@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -20,7 +21,8 @@ import sys, time
 from pathlib import Path
 from export.publish import staged
 
-with staged(Path(sys.argv[1])) as staging:
+with staged(Path(sys.argv[1])) as made:
+    staging = made.folder
     (staging / "weights").mkdir()
     (staging / "weights" / "half").write_bytes(b"half")
     print(staging, flush=True)
@@ -49,7 +51,8 @@ from export.publish import staged
 
 end = time.monotonic() + 1
 while time.monotonic() < end:
-    with staged(Path(sys.argv[1])) as staging:
+    with staged(Path(sys.argv[1])) as made:
+        staging = made.folder
         (staging / "half").write_bytes(b"half")
 """
 
@@ -84,7 +87,8 @@ class Build:
 
 def test_what_was_staged_is_published_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
     target = tmp_path / "artifact"
-    with staged(target) as staging:
+    with staged(target) as made:
+        staging = made.folder
         assert staging.parent.parent == tmp_path
         assert staging.parent.name.startswith(".artifact.staging-")
         assert tree(staging) == {}
@@ -99,7 +103,8 @@ def test_what_was_staged_is_published_whole_and_nothing_else_is_left(tmp_path: P
 def test_the_artifact_may_be_read_by_everybody(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
-        with staged(tmp_path / "artifact") as staging:
+        with staged(tmp_path / "artifact") as made:
+            staging = made.folder
             fill(staging)
             publish(staging, tmp_path / "artifact")
     finally:
@@ -110,7 +115,8 @@ def test_the_artifact_may_be_read_by_everybody(tmp_path: Path) -> None:
 
 def test_the_folders_above_the_artifact_are_made(tmp_path: Path) -> None:
     target = tmp_path / "a" / "b" / "artifact"
-    with staged(target) as staging:
+    with staged(target) as made:
+        staging = made.folder
         fill(staging)
         publish(staging, target)
     assert tree(target) == FILLED
@@ -118,7 +124,8 @@ def test_the_folders_above_the_artifact_are_made(tmp_path: Path) -> None:
 
 def test_a_failure_after_the_artifact_was_published_leaves_it(tmp_path: Path) -> None:
     target = tmp_path / "new" / "artifact"
-    with pytest.raises(RuntimeError, match="later"), staged(target) as staging:
+    with pytest.raises(RuntimeError, match="later"), staged(target) as made:
+        staging = made.folder
         fill(staging)
         publish(staging, target)
         raise RuntimeError("later")
@@ -141,7 +148,8 @@ def test_write_file_makes_folders_and_never_writes_over_a_file(tmp_path: Path) -
 )
 def test_a_build_that_stops_leaves_nothing_and_its_error_is_its_own(tmp_path: Path, error: BaseException) -> None:
     target = tmp_path / "new" / "deeper" / "artifact"
-    with pytest.raises(type(error)) as caught, staged(target) as staging:
+    with pytest.raises(type(error)) as caught, staged(target) as made:
+        staging = made.folder
         fill(staging)
         raise error
     assert caught.value is error
@@ -149,7 +157,8 @@ def test_a_build_that_stops_leaves_nothing_and_its_error_is_its_own(tmp_path: Pa
 
 
 def test_a_build_that_publishes_nothing_leaves_nothing(tmp_path: Path) -> None:
-    with staged(tmp_path / "new" / "artifact") as staging:
+    with staged(tmp_path / "new" / "artifact") as made:
+        staging = made.folder
         fill(staging)
     assert tree(tmp_path) == {}
 
@@ -197,7 +206,8 @@ def test_an_existing_target_is_refused_before_anything_is_done(tmp_path: Path, k
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_target_that_appears_while_the_artifact_is_built_is_refused_and_kept(tmp_path: Path, kind: str) -> None:
     target = tmp_path / "artifact"
-    with pytest.raises(PublishError) as caught, staged(target) as staging:
+    with pytest.raises(PublishError) as caught, staged(target) as made:
+        staging = made.folder
         fill(staging)
         occupy(target, kind)
         hidden = staging.relative_to(tmp_path).parts[0]
@@ -216,7 +226,8 @@ def test_the_next_build_removes_what_a_killed_one_left_and_spares_a_live_one(tmp
     killed, live = Build(target), Build(target)
     killed.kill()
     assert (killed.staging / "weights" / "half").read_bytes() == b"half"
-    with staged(target) as staging:
+    with staged(target) as made:
+        staging = made.folder
         assert not killed.staging.exists()
         assert (live.staging / "weights" / "half").read_bytes() == b"half"
         assert len({killed.staging, live.staging, staging}) == 3
@@ -232,7 +243,8 @@ def test_what_a_killed_build_left_is_found_under_any_name(tmp_path: Path, name: 
     killed = Build(tmp_path / name)
     killed.kill()
     assert killed.staging.exists()
-    with staged(tmp_path / name) as staging:
+    with staged(tmp_path / name) as made:
+        staging = made.folder
         assert not killed.staging.exists()
         assert os.listdir(tmp_path) == [staging.relative_to(tmp_path).parts[0]]
 
@@ -255,12 +267,12 @@ def test_what_only_looks_like_a_staging_folder_is_left_alone(tmp_path: Path) -> 
 def test_two_builds_of_one_target_do_not_meet_until_the_second_publishes(tmp_path: Path) -> None:
     target = tmp_path / "artifact"
     with pytest.raises(PublishError, match="exists already"), staged(target) as slow:
-        fill(slow)
+        fill(slow.folder)
         with staged(target) as fast:
-            write_file(fast / "manifest.json", b"the first to publish")
-            publish(fast, target)
-        assert tree(slow) == FILLED
-        publish(slow, target)
+            write_file(fast.folder / "manifest.json", b"the first to publish")
+            publish(fast.folder, target)
+        assert tree(slow.folder) == FILLED
+        publish(slow.folder, target)
     assert tree(tmp_path) == {"artifact": None, "artifact/manifest.json": b"the first to publish"}
 
 
@@ -294,7 +306,8 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, number: int) -> None:
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EIO, errno.EMFILE])
 def test_any_other_failure_of_the_system_names_the_file_and_the_reason(tmp_path: Path, number: int) -> None:
-    with pytest.raises(PublishError) as caught, staged(tmp_path / "artifact") as staging:
+    with pytest.raises(PublishError) as caught, staged(tmp_path / "artifact") as made:
+        staging = made.folder
         path = staging / "weights"
         raise OSError(number, os.strerror(number), str(path))
     assert str(caught.value) == f"{path}: cannot be written: {os.strerror(number)}"
@@ -345,7 +358,8 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_fills_up_during_the_build_leaves_nothing_on_it(tiny_disk: Path) -> None:
-    with pytest.raises(PublishError) as caught, staged(tiny_disk / "new" / "artifact") as staging:
+    with pytest.raises(PublishError) as caught, staged(tiny_disk / "new" / "artifact") as made:
+        staging = made.folder
         for number in range(100):
             write_file(staging / str(number), bytes(4096))
     assert str(caught.value).endswith("the disk is full (0 bytes free); free some space and build again")
@@ -362,7 +376,8 @@ def test_a_read_only_disk_is_refused(tiny_disk: Path) -> None:
 
 def test_the_target_of_another_file_system_is_staged_there(tmp_path: Path, tiny_disk: Path) -> None:
     target = tiny_disk / "artifact"
-    with staged(target) as staging:
+    with staged(target) as made:
+        staging = made.folder
         assert staging.stat().st_dev == tiny_disk.stat().st_dev != tmp_path.stat().st_dev
         fill(staging)
         publish(staging, target)
@@ -371,9 +386,59 @@ def test_the_target_of_another_file_system_is_staged_there(tmp_path: Path, tiny_
 
 def test_the_lock_is_released_and_no_file_stays_open(tmp_path: Path) -> None:
     before = sorted(os.listdir("/proc/self/fd"))
-    with staged(tmp_path / "artifact") as staging:
+    with staged(tmp_path / "artifact") as made:
+        staging = made.folder
         fill(staging)
         publish(staging, tmp_path / "artifact")
     with pytest.raises(RuntimeError), staged(tmp_path / "other"):
         raise RuntimeError
     assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_what_may_be_gone_on_with_stays_unless_it_is_published(tmp_path: Path, published: bool) -> None:
+    target = tmp_path / "artifact"
+    with pytest.raises(RuntimeError) as ended, staged(target, adopt=lambda _: True) as made:
+        fill(made.folder)
+        if published:
+            publish(made.folder, target)
+        raise RuntimeError("later")
+    assert os.path.exists(made.container) != published
+    assert hasattr(ended.value, "__notes__") != published
+    if not published:
+        with staged(target, adopt=lambda _: True) as again:
+            assert again == made
+            assert tree(again.folder) == FILLED
+
+
+def test_a_signal_that_arrives_during_the_clean_up_does_not_cut_it_short(tmp_path: Path) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt("stopped")
+
+    def remove(path: str, **options: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        rmtree(path, **options)
+
+    rmtree = shutil.rmtree
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            pytest.raises(KeyboardInterrupt, match="stopped"),
+            staged(tmp_path / "artifact") as made,
+        ):
+            fill(made.folder)
+            patch.setattr(shutil, "rmtree", remove)
+            raise RuntimeError("the failure of another process")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert tree(tmp_path) == {}
+
+
+def test_a_container_that_is_in_use_is_not_taken_over(tmp_path: Path) -> None:
+    target = tmp_path / "artifact"
+    with pytest.raises(RuntimeError), staged(target, adopt=lambda _: True) as first:
+        with staged(target, adopt=lambda _: True) as second:
+            assert second.container != first.container
+        raise RuntimeError("later")
+    assert first.container.exists()

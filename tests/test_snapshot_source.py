@@ -181,7 +181,7 @@ def test_a_step_that_is_incomplete_is_refused_with_the_others(steps: Path) -> No
     (steps / "700" / METADATA).unlink()
     assert refusal(steps, step=700) == (
         f"{steps}: no complete step 700; complete steps: 9, 80; "
-        "incomplete (without a commit mark, .metadata, .snapshot_metadata, or with files cut short): 700"
+        "incomplete (without a commit mark, .metadata, .snapshot_metadata, or with files cut short or missing): 700"
     )
 
 
@@ -190,7 +190,7 @@ def test_steps_of_which_none_is_complete_are_refused(steps: Path) -> None:
         (steps / step / METADATA).unlink()
     assert refusal(steps) == (
         f"{steps}: no complete snapshot; complete steps: none; "
-        "incomplete (without a commit mark, .metadata, .snapshot_metadata, or with files cut short): 9, 80, 700"
+        "incomplete (without a commit mark, .metadata, .snapshot_metadata, or with files cut short or missing): 9, 80, 700"
     )
 
 
@@ -246,11 +246,6 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
 def test_nothing_there_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "absent", write_pt(tmp_path / "model.pt", {"user": TABLE}) / "below-a-file"):
         assert refusal(path) == f"{path}: no such file or folder; see snapshot.uri in the configuration"
-
-
-@pytest.mark.parametrize("uri", ["s3://bucket/run/700", "gs://bucket/run", "https://example.com/model.pt"])
-def test_a_remote_snapshot_is_refused(uri: str) -> None:
-    assert refusal(uri) == f"{uri}: this version reads local paths only; copy or mount the snapshot"
 
 
 # --- Tables --------------------------------------------------------------------------------------------------------

@@ -112,6 +112,10 @@ def test_of_a_tensor_that_every_rank_has_the_lowest_ranks_is_taken(snapshot: Pat
         (lambda d: user(d).update(dtype="torch.qint8x"), "is damaged: AttributeError"),
         (lambda d: d["manifest"].update({"x/y": {"type": "Tensor"}}), "is damaged: ValueError"),
         (lambda d: user(d).update(type="DTensor"), "is a DTensor, which format 0.1.0 does not have"),
+        (
+            lambda d: d["manifest"].update({"0/model/ebc/embedding_bags.user.weight": user(d)}),
+            f"'model/ebc.embedding_bags.user.weight' and 'model/ebc/embedding_bags.user.weight' are both '{NAME}'",
+        ),
     ],
 )
 def test_metadata_that_does_not_hold_together_is_refused(
@@ -121,6 +125,12 @@ def test_metadata_that_does_not_hold_together_is_refused(
         read(edit(snapshot, change))
     assert str(caught.value).startswith(f"{snapshot / SNAPSHOT_METADATA}: ")
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"byte_range": [0.0, 96.0]}, {"location": "a\0b"}])
+def test_a_place_that_is_none_is_refused(snapshot: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(SnapshotError, match="the place of a shard is damaged"):
+        read(edit(snapshot, lambda d: user(d).update(change)))
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b"[1, 2]", b"- a\n- b\n"])

@@ -19,6 +19,7 @@ from runtime_py import (
     ManifestError,
     MissingFileError,
     SizeMismatchError,
+    VocabularyFileError,
     WeightFileError,
     load_artifact,
     verify_artifact,
@@ -29,8 +30,17 @@ from runtime_py.verify import Verify, open_verified
 MANIFEST = "manifest.json"
 WEIGHTS = "weights/tables.safetensors"
 GRAPH = "graphs/lookup.torchscript.pt"
-FILES = [MANIFEST, WEIGHTS, GRAPH, "reports/accuracy.json", "reports/parity.json"]
+USERS = "vocab/user.safetensors"
+ITEMS = "vocab/item.safetensors"
+MAPPED = [WEIGHTS, USERS, ITEMS]
+REPORTS = ["reports/accuracy.json", "reports/parity.json", "reports/vocabulary.json"]
+FILES = [MANIFEST, *MAPPED, GRAPH, *REPORTS]
 HEADER_BYTES = 4096
+
+
+@pytest.fixture(scope="module")
+def built_artifact(vocabulary_artifact: Path) -> Path:
+    return vocabulary_artifact
 
 
 def flip(position: Callable[[int], int]) -> Callable[[Path], object]:
@@ -67,6 +77,11 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
+def in_header(name: str, damage: str) -> bool:
+    """Whether a flipped byte of a mapped file is before its data; the vocabulary of `item` is smaller than its header."""
+    return damage == "first byte flipped" or (damage == "middle byte flipped" and name == ITEMS)
+
+
 def expected_refusal(name: str, damage: str) -> tuple[type[ArtifactError], str]:
     """The class and the start of the text, after the artifact's path, that a damage of a file must give."""
     if name == MANIFEST:
@@ -86,10 +101,17 @@ def expected_refusal(name: str, damage: str) -> tuple[type[ArtifactError], str]:
         return MissingFileError, f": missing: {name}; restore the files or build again"
     if "flipped" not in damage:
         return SizeMismatchError, rf": {name} is \d+ bytes, expected \d+; restore the files or build again"
-    if name != WEIGHTS:
+    if name not in MAPPED:
         return DigestMismatchError, rf": {name}: digest sha256:\w+, expected sha256:\w+; restore the files"
-    if damage == "first byte flipped":
+    if in_header(name, damage) and name != WEIGHTS:
+        text = f"/{name}: the header is not the one that follows from the manifest's vocabulary"
+        return VocabularyFileError, text
+    if in_header(name, damage):
         return WeightFileError, f"/{name}: the header is not the one that follows from the manifest's tables"
+    if name != WEIGHTS:
+        table = Path(name).stem
+        what = f"/{name}: the entries of the vocabulary of table '{table}' are not those that were published: digest"
+        return DigestMismatchError, what
     table = "user" if "middle" in damage else "item"  # the last bytes are those of the table with the shortest rows
     return (
         DigestMismatchError,
@@ -182,7 +204,8 @@ load_artifact(sys.stdin.readline().strip())
         (".hidden", "folder"),
         ("notes.txt", "pipe"),
         ("graphs/lookup.cpu.pt2", "dangling link"),
-        ("vocab", "link to a folder"),
+        ("vocabulary", "link to a folder"),
+        ("vocab/tag.safetensors", "file"),
     ],
 )
 def test_whatever_the_manifest_does_not_list_is_refused(artifact_copy: Path, extra: str, kind: str) -> None:
@@ -299,7 +322,7 @@ def test_the_number_of_threads_makes_no_difference(built_artifact: Path) -> None
 
 
 def changed_rows(name: str, damage: str) -> bool:
-    return name == WEIGHTS and damage.endswith("flipped") and damage != "first byte flipped"
+    return name in MAPPED and damage.endswith("flipped") and not in_header(name, damage)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -328,8 +351,7 @@ def test_another_kind_of_verification_is_refused(built_artifact: Path, verify: o
 
 @pytest.fixture
 def verified_bytes(artifact_copy: Path) -> Iterator[dict[str, bytes]]:
-    verified = open_verified(artifact_copy, "full")
-    with verified.weights:
+    with open_verified(artifact_copy, "full") as verified:
         shutil.rmtree(artifact_copy)
         yield verified.contents
 
@@ -338,5 +360,5 @@ def test_what_was_verified_is_handed_over_as_bytes_not_as_paths(
     verified_bytes: dict[str, bytes], built_artifact: Path
 ) -> None:
     assert verified_bytes == {
-        name: (built_artifact / name).read_bytes() for name in FILES if name not in (MANIFEST, WEIGHTS)
+        name: (built_artifact / name).read_bytes() for name in FILES if name not in (MANIFEST, *MAPPED)
     }

@@ -25,7 +25,8 @@ from support import FEATURES
 from runtime_py import DigestMismatchError, GraphError, WeightFileError, load_artifact
 from runtime_py.digests import Digest
 from runtime_py.manifest import Manifest, Table, read_manifest
-from runtime_py.weights import WeightFile, encode_header, layout_tables, tensor_bytes
+from runtime_py.tensor_file import encode_header, layout_tables, tensor_bytes
+from runtime_py.weights import WeightFile
 
 WEIGHTS = "weights/tables.safetensors"
 PAGE = 4096

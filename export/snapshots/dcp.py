@@ -6,8 +6,9 @@ others. Each shard in a `.distcp` file is a whole torch.save file, whose values 
 
 import io
 import pickle
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, is_dataclass
+from functools import partial
+from pathlib import PurePosixPath
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from export.errors import SnapshotError
 from export.snapshots.rows import Blob, StoredTensor, read_commit_mark
 from export.snapshots.torch_files import FileSlice, TorchFile
+from export.storage import Location, RemoteFile, is_plain_name, join, map_files, open_seekable
 from runtime_py.digests import sha256
 
 __all__ = ["METADATA", "DcpIndex"]
@@ -42,9 +44,13 @@ _ALLOWED = {
 
 
 class _MetadataUnpickler(pickle.Unpickler):
+    """Knows the classes of the format and no others, and those in copies of its own: a pickle can set what it names."""
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            return super().find_class(module, name)
+            found = PurePosixPath if module.startswith("pathlib") else super().find_class(module, name)
+            ours = found is PurePosixPath or is_dataclass(found)
+            return type(found.__name__, (found,), {}) if ours and isinstance(found, type) else found
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is not part of the format")
 
 
@@ -62,14 +68,14 @@ class DcpIndex:
 
     format = "dcp"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         """Reads `.metadata`.
 
         Raises:
             SnapshotError: it is damaged, or names what is not part of the format.
         """
         self._path = path
-        file = path / METADATA
+        file = join(path, METADATA)
         data = read_commit_mark(file)
         self.digest = sha256(data)
         self.tensors: dict[str, StoredTensor] = {}
@@ -85,7 +91,7 @@ class DcpIndex:
     def _read_metadata(self, metadata: Any) -> None:
         if not isinstance(metadata, Metadata):
             raise SnapshotError(
-                f"{self._path / METADATA}: is damaged: expected Metadata, got {type(metadata).__name__}"
+                f"{join(self._path, METADATA)}: is damaged: expected Metadata, got {type(metadata).__name__}"
             )
         places: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]] = {}
         for index, info in (metadata.storage_data or {}).items():
@@ -103,7 +109,8 @@ class DcpIndex:
 
     def locate(self, name: str) -> list[Blob]:
         """The blobs of a tensor: one for each shard that is not empty."""
-        return [self._locate_shard(name, shard) for shard in self._shards[name] if 0 not in shard.sizes]
+        shards = [shard for shard in self._shards[name] if 0 not in shard.sizes]
+        return map_files(partial(self._locate_shard, name), shards, [self._path])
 
     def _locate_shard(self, name: str, shard: _Shard) -> Blob:
         if len(shard.offsets) != 2 or len(shard.sizes) != 2:
@@ -111,11 +118,13 @@ class DcpIndex:
         if shard.place is None:
             raise SnapshotError(f"{self._path}: '{name}': the shard at {shard.offsets} is in no file")
         relative_path, offset, length = shard.place
-        if Path(relative_path).name != relative_path:
+        if not is_plain_name(relative_path):
             raise SnapshotError(f"{self._path}: '{name}': '{relative_path}' leaves the folder")
-        path = self._path / relative_path
+        path = join(self._path, relative_path)
         try:
-            with path.open("rb") as file:
+            with open_seekable(path) as file:
+                if isinstance(file, RemoteFile):
+                    file.prefetch([offset, offset + length - 1])  # the structure is before and after the values
                 saved = TorchFile(path, FileSlice(file, offset, length))
         except OSError as error:
             raise SnapshotError(f"{path}: holds rows of '{name}', cannot be read: {error.strerror}") from error

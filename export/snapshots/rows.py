@@ -1,29 +1,33 @@
-"""A table's rows in a snapshot, whatever the format: blobs of raw values, read by row range with `pread`.
+"""A table's rows in a snapshot, whatever the format: blobs of raw values, read by row range.
 
 Every format comes down to this: a blob is a rectangle of the table that lies, little-endian and row-major, at some
 offset of some file. Nothing is mapped and nothing is loaded whole, so memory does not grow with the table.
 """
 
-import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
+from upath import UPath
 
 from export.errors import SnapshotError
+from export.storage import Location, fingerprints, map_files, read_range, read_whole, size
 from runtime_py.digests import Digest
-from runtime_py.weights import tensor_bytes
+from runtime_py.tensor_file import tensor_bytes
 
-__all__ = ["Blob", "SnapshotIndex", "StoredTensor", "TableRows", "read_commit_mark"]
+__all__ = ["Blob", "SnapshotIndex", "StoredTensor", "TableRows", "identify", "read_commit_mark"]
+
+_FETCHES = 4  # at a time, for each thread that takes chunks
 
 
 @dataclass(frozen=True)
 class Blob:
     """`rows` x `columns` values of a table, from (`row`, `column`) on, at `offset_bytes` of a file."""
 
-    path: Path
+    path: Location
     offset_bytes: int
     row: int
     column: int
@@ -38,6 +42,7 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    inferred: bool = False  # nothing in the snapshot says the shape: it is as large as the parts reach
 
 
 class SnapshotIndex(Protocol):
@@ -51,18 +56,31 @@ class SnapshotIndex(Protocol):
         """The blobs of one 2-D tensor; raises SnapshotError where the files are not what the index says."""
 
 
-def read_commit_mark(file: Path) -> bytes:
+def read_commit_mark(file: Location) -> bytes:
     """The bytes of the file that a format writes last, and that says what the others hold.
 
     Raises:
         SnapshotError: it is missing, so the snapshot was never completed, or cannot be read.
     """
     try:
-        return file.read_bytes()
+        return read_whole(file)
     except FileNotFoundError as error:
         raise SnapshotError(f"{file}: is missing: the snapshot was never completed") from error
     except OSError as error:
         raise SnapshotError(f"{file}: cannot be read: {error.strerror}") from error
+
+
+def identify(locations: Iterable[Location]) -> list[tuple[str, tuple[object, ...]]]:
+    """What tells these files from others, now: it differs once one of them was written again.
+
+    Raises:
+        SnapshotError: a file is gone, or cannot be asked for.
+    """
+    paths = sorted(set(locations), key=str)
+    try:
+        return list(zip(map(str, paths), fingerprints(paths), strict=True))
+    except OSError as error:
+        raise SnapshotError(f"{error.filename}: holds rows, and cannot be read: {error.strerror}") from error
 
 
 class TableRows:
@@ -77,6 +95,10 @@ class TableRows:
         self.name = tensor.name
         self.num_embeddings, self.embedding_dim = tensor.shape
         self.dtype = tensor.dtype
+        for blob in blobs:
+            numbers = (blob.offset_bytes, blob.row, blob.column, blob.rows, blob.columns)
+            if not all(type(number) is int for number in numbers) or "\0" in str(blob.path):
+                raise SnapshotError(f"{str(blob.path)!r}: '{self.name}': the place of a shard is damaged: {numbers}")
         self._blobs = sorted(blobs, key=lambda blob: (blob.row, blob.column))
         self._check_tiling()
         self._check_files()
@@ -110,18 +132,26 @@ class TableRows:
             )
 
     def _check_files(self) -> None:
+        ends: dict[Location, int] = {}
         for blob in self._blobs:
             end = blob.offset_bytes + blob.rows * blob.columns * self.dtype.itemsize
-            try:
-                size = blob.path.stat().st_size
-            except OSError as error:
+            ends[blob.path] = max(end, ends.get(blob.path, 0))
+        for (path, end), size_bytes in zip(ends.items(), map_files(self._size, list(ends), list(ends)), strict=True):
+            if size_bytes < end:
                 raise SnapshotError(
-                    f"{blob.path}: holds rows of '{self.name}', cannot be read: {error.strerror}"
-                ) from error
-            if size < end:
-                raise SnapshotError(
-                    f"{blob.path}: '{self.name}' ends at byte {end}, the file has {size}; it was truncated"
+                    f"{path}: '{self.name}' ends at byte {end}, the file has {size_bytes}; it was truncated"
                 )
+
+    def _size(self, path: Location) -> int:
+        try:
+            return size(path)
+        except OSError as error:
+            raise SnapshotError(f"{path}: holds rows of '{self.name}', cannot be read: {error.strerror}") from error
+
+    @property
+    def locations(self) -> set[Location]:
+        """The files that hold the rows."""
+        return {blob.path for blob in self._blobs}
 
     def read(self, start: int, out: torch.Tensor) -> None:
         """Fills `out` [n, D], contiguous and of the table's dtype, with the rows from `start` on.
@@ -143,26 +173,55 @@ class TableRows:
             if whole is not part:
                 part.copy_(whole)
 
-    def _fill(self, path: Path, position: int, out: torch.Tensor) -> None:
+    def _fill(self, path: Location, position: int, out: torch.Tensor) -> None:
         data = tensor_bytes(out)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                filled = 0
-                while filled < len(data):
-                    count = os.preadv(fd, [data[filled:]], position + filled)
-                    if count == 0:
-                        raise SnapshotError(f"{path}: ends within the rows of '{self.name}'; it was truncated")
-                    filled += count
-            finally:
-                os.close(fd)
+            filled = read_range(path, position, data)
         except OSError as error:
             raise SnapshotError(f"{path}: cannot be read: {error.strerror}") from error
+        if filled < len(data):
+            raise SnapshotError(f"{path}: ends within the rows of '{self.name}'; it was truncated")
 
-    def chunks(self, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """All rows in order, `rows` at a time: (first row, rows [n, D]). The tensor is reused by the next chunk."""
-        buffer = torch.empty(min(rows, self.num_embeddings), self.embedding_dim, dtype=self.dtype)
-        for start in range(0, self.num_embeddings, rows):
-            chunk = buffer[: min(rows, self.num_embeddings - start)]
+    def chunks(self, starts: range) -> Iterator[tuple[int, torch.Tensor]]:
+        """The rows from `starts.start` on, a chunk at each start: (first row, rows [n, D]).
+
+        The tensor may be reused by the next chunk. Remote chunks are fetched ahead, several at a time.
+        """
+        if any(isinstance(blob.path, UPath) for blob in self._blobs):
+            yield from self._fetched_chunks(starts)
+            return
+        buffer = torch.empty(min(starts.step, self.num_embeddings), self.embedding_dim, dtype=self.dtype)
+        for start in starts:
+            chunk = buffer[: self._length(starts, start)]
             self.read(start, chunk)
             yield start, chunk
+
+    def _fetched_chunks(self, starts: range) -> Iterator[tuple[int, torch.Tensor]]:
+        def fetch(start: int) -> torch.Tensor:
+            chunk = torch.empty(self._length(starts, start), self.embedding_dim, dtype=self.dtype)
+            self.read(start, chunk)
+            return chunk
+
+        pool = ThreadPoolExecutor(_FETCHES)
+        waiting: deque[tuple[int, Future[torch.Tensor]]] = deque()
+        try:
+            for start in starts:
+                waiting.append((start, pool.submit(fetch, start)))
+                if len(waiting) > _FETCHES:
+                    first, fetched = waiting.popleft()
+                    yield first, fetched.result()
+            while waiting:
+                first, fetched = waiting.popleft()
+                yield first, fetched.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _length(self, starts: range, start: int) -> int:
+        return min(starts.step, self.num_embeddings - start)
+
+    def describe(self) -> str:
+        """Where every value comes from, as text: the same for the same rows of the same files."""
+        blobs = [
+            (str(blob.path), blob.offset_bytes, blob.row, blob.column, blob.rows, blob.columns) for blob in self._blobs
+        ]
+        return repr((self.num_embeddings, self.embedding_dim, self.dtype, blobs))

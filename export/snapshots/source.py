@@ -3,7 +3,7 @@
 import difflib
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -14,11 +14,21 @@ from export.snapshots.rows import SnapshotIndex, StoredTensor, TableRows
 from export.snapshots.safetensors_files import SafetensorsIndex, is_safetensors
 from export.snapshots.state_dict import StateDictIndex
 from export.snapshots.torchsnapshot import SNAPSHOT_METADATA, TorchsnapshotIndex
+from export.storage import (
+    Location,
+    is_file,
+    join,
+    list_folder,
+    map_files,
+    open_location,
+    open_seekable,
+    redact,
+)
 from runtime_py.manifest import SnapshotIdentity
 
 __all__ = ["Snapshot", "open_snapshot"]
 
-_INDEXES: dict[SnapshotFormat, Callable[[Path], SnapshotIndex]] = {
+_INDEXES: dict[SnapshotFormat, Callable[[Location], SnapshotIndex]] = {
     SnapshotFormat.DCP: DcpIndex,
     SnapshotFormat.TORCHSNAPSHOT: TorchsnapshotIndex,
     SnapshotFormat.SAFETENSORS: SafetensorsIndex,
@@ -31,7 +41,7 @@ _DTYPES = {DataType.FP32: torch.float32, DataType.FP16: torch.float16}
 class Snapshot:
     """An opened snapshot: its identity, and the rows of a table by the table's name."""
 
-    def __init__(self, config: SnapshotConfig, path: Path, step: int | None, index: SnapshotIndex) -> None:
+    def __init__(self, config: SnapshotConfig, path: Location, step: int | None, index: SnapshotIndex) -> None:
         self._path = path
         self._prefix = config.prefix
         self._index = index
@@ -40,7 +50,7 @@ class Snapshot:
             before, bags, after = name.rpartition(_BAGS)
             if bags and (not before or before.endswith(".")):
                 self._by_end.setdefault(bags + after, []).append(name)
-        self.identity = SnapshotIdentity(config.uri, index.format, step, index.digest)
+        self.identity = SnapshotIdentity(redact(config.uri), index.format, step, index.digest)
 
     def table(self, table: EmbeddingBagConfig, stored_name: str | None = None) -> TableRows:
         """The rows of `table`, which the snapshot may know by another name.
@@ -52,9 +62,10 @@ class Snapshot:
         tensor = self._find(table.name, stored_name or table.name)
         expected = (table.num_embeddings, table.embedding_dim)
         if tensor.shape != expected:
+            hint = ", or bring back a missing shard file" if tensor.inferred else ""
             raise SnapshotError(
                 f"table '{table.name}': {self._path} has '{tensor.name}' of shape {list(tensor.shape)}, the configuration "
-                f"says {list(expected)} (num_embeddings, embedding_dim); correct one of them"
+                f"says {list(expected)} (num_embeddings, embedding_dim); correct one of them{hint}"
             )
         if tensor.dtype != _DTYPES[table.data_type]:
             raise SnapshotError(
@@ -92,67 +103,79 @@ def open_snapshot(config: SnapshotConfig) -> Snapshot:
     Raises:
         SnapshotError: nothing is there, no step is complete, or the format is unknown.
     """
-    if "://" in config.uri:
-        raise SnapshotError(f"{config.uri}: this version reads local paths only; copy or mount the snapshot")
-    root = Path(config.uri)
-    if not root.exists():
-        raise SnapshotError(f"{root}: no such file or folder; see snapshot.uri in the configuration")
-    path, step = _choose_step(root, config.step)
+    path, step = _choose_step(open_location(config.uri), config.step)
     kind = config.format
     if kind is SnapshotFormat.AUTO:
         kind = _detect(path)
     return Snapshot(config, path, step, _INDEXES[kind](path))
 
 
-def _choose_step(root: Path, step: int | None) -> tuple[Path, int | None]:
-    if root.is_file() or _format_of(root) is not None:
+def _choose_step(root: Location, step: int | None) -> tuple[Location, int | None]:
+    entries = _entries(root)
+    if entries is None:
         if step is not None:
             raise SnapshotError(f"{root}: is one snapshot, not a folder of step-numbered ones; remove snapshot.step")
         return root, None
+    steps: dict[int, list[Location]] = {}
+    for name, file in entries.items():
+        number = PurePosixPath(name).stem if file else name
+        if number.isdecimal():
+            steps.setdefault(int(number), []).append(join(root, name))
+    # From the newest on, and no further than needed: a step costs some requests where it is remote.
+    for candidate in sorted(steps, reverse=True) if step is None else [step]:
+        complete = [path for path in steps.get(candidate, []) if _is_complete(path)]
+        if len(complete) > 1:
+            raise SnapshotError(
+                f"{root}: '{complete[0].name}' and '{complete[1].name}' are the same step; remove one of them"
+            )
+        if complete:
+            return complete[0], candidate
+    wanted = "snapshot" if step is None else f"step {step}"
+    raise SnapshotError(f"{root}: no complete {wanted}; {_what_there_is(root, entries, steps)}")
+
+
+def _entries(root: Location) -> dict[str, bool] | None:
+    """The names in a folder of steps, and whether each is a file; None where `root` is a snapshot itself."""
     try:
-        entries = sorted(root.iterdir())
+        if is_file(root) or _format_of(root) is not None:
+            return None
+        return list_folder(root)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        reason = "no such file or folder" if isinstance(root, Path) else error.strerror
+        raise SnapshotError(f"{root}: {reason}; see snapshot.uri in the configuration") from error
     except OSError as error:
         raise SnapshotError(f"{root}: cannot be read: {error.strerror}") from error
-    numbered = [
-        (int(name), path) for path in entries if (name := path.stem if path.is_file() else path.name).isdecimal()
-    ]
-    steps: dict[int, Path] = {}
-    incomplete = []
-    for number, path in sorted(numbered):
-        if not _is_complete(path):
-            incomplete.append(path.name)
-        elif number in steps:
-            raise SnapshotError(
-                f"{root}: '{steps[number].name}' and '{path.name}' are the same step; remove one of them"
-            )
-        else:
-            steps[number] = path
-    have = f"complete steps: {', '.join(map(str, steps)) or 'none'}"
-    if any(path.suffix == ".distcp" for path in entries):
+
+
+def _what_there_is(root: Location, entries: dict[str, bool], steps: dict[int, list[Location]]) -> str:
+    paths = [(number, path) for number in sorted(steps) for path in steps[number]]
+    found = map_files(_is_complete, [path for _, path in paths], [root])
+    complete = {str(number): None for (number, _), whole in zip(paths, found, strict=True) if whole}
+    have = f"complete steps: {', '.join(complete) or 'none'}"
+    if any(name.endswith(".distcp") for name in entries):
         have += f"; it has shards itself, and no commit mark ({METADATA})"
+    incomplete = [path.name for (_, path), whole in zip(paths, found, strict=True) if not whole]
     if incomplete:
         marks = f"{METADATA}, {SNAPSHOT_METADATA}"
-        have += f"; incomplete (without a commit mark, {marks}, or with files cut short): {', '.join(incomplete)}"
-    if step is None and steps:
-        step = max(steps)
-    if step is None or step not in steps:
-        wanted = "snapshot" if step is None else f"step {step}"
-        raise SnapshotError(f"{root}: no complete {wanted}; {have}")
-    return steps[step], step
+        have += f"; incomplete (without a commit mark, {marks}, or with files cut short or missing): {', '.join(incomplete)}"
+    return have
 
 
-def _is_complete(path: Path) -> bool:
+def _is_complete(path: Location) -> bool:
     """Whether a step was written to its end: its commit mark is there or, of files that have none, all their bytes."""
     kind = _format_of(path)
     if kind is SnapshotFormat.SAFETENSORS:
         try:
             SafetensorsIndex(path)
-        except SnapshotError:
+        except SnapshotError as error:
+            cause = error.__cause__
+            if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+                raise  # it may be complete: an older step is not taken instead
             return False
     return kind is not None
 
 
-def _detect(path: Path) -> SnapshotFormat:
+def _detect(path: Location) -> SnapshotFormat:
     kind = _format_of(path)
     if kind is None:
         raise SnapshotError(
@@ -161,17 +184,18 @@ def _detect(path: Path) -> SnapshotFormat:
     return kind
 
 
-def _format_of(path: Path) -> SnapshotFormat | None:
+def _format_of(path: Location) -> SnapshotFormat | None:
     """The format of a complete snapshot, or None."""
     try:
-        if (path / SNAPSHOT_METADATA).is_file():
+        if is_file(join(path, SNAPSHOT_METADATA)):
             return SnapshotFormat.TORCHSNAPSHOT
-        if (path / METADATA).is_file():
+        if is_file(join(path, METADATA)):
             return SnapshotFormat.DCP
         if is_safetensors(path):
             return SnapshotFormat.SAFETENSORS
-        if path.is_file() and zipfile.is_zipfile(path):
-            return SnapshotFormat.STATE_DICT
+        if is_file(path):
+            with open_seekable(path) as file:
+                return SnapshotFormat.STATE_DICT if zipfile.is_zipfile(file) else None
     except OSError as error:
         raise SnapshotError(f"{path}: cannot be read: {error.strerror}") from error
     return None

@@ -3,7 +3,6 @@
 import hashlib
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from export.errors import SnapshotError
 from export.snapshots.rows import Blob, StoredTensor
 from export.snapshots.torch_files import TorchFile
+from export.storage import Location, open_seekable
 from runtime_py.digests import Digest
 
 __all__ = ["StateDictIndex"]
@@ -21,7 +21,7 @@ class StateDictIndex:
 
     format = "state_dict"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         """Reads the file's structure, and none of its values.
 
         Raises:
@@ -29,8 +29,9 @@ class StateDictIndex:
         """
         self._path = path
         try:
-            with path.open("rb") as file:
+            with open_seekable(path) as file:
                 self._file = TorchFile(path, file)
+                self.digest = _directory_digest(file)
         except OSError as error:
             raise SnapshotError(f"{path}: cannot be read: {error.strerror}") from error
         self._tensors: dict[str, torch.Tensor] = {}
@@ -38,7 +39,6 @@ class StateDictIndex:
         self.tensors = {
             name: StoredTensor(name, tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()
         }
-        self.digest = _directory_digest(path)
 
     def locate(self, name: str) -> list[Blob]:
         """The one blob of a tensor."""
@@ -58,8 +58,8 @@ class StateDictIndex:
                 self._collect(value, f"{name}.{key}" if name else str(key), (*parents, id(node)))
 
 
-def _directory_digest(path: Path) -> Digest:
+def _directory_digest(file: Any) -> Digest:
     """Of the names, sizes and CRC-32s of the file's records: its content, without reading it."""
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(file) as archive:
         lines = [f"{info.filename} {info.file_size} {info.CRC}\n" for info in archive.infolist()]
     return Digest("sha256-zip-directory", hashlib.sha256("".join(lines).encode()).hexdigest())

@@ -4,62 +4,43 @@
 the file offset of every storage on the fake tensors (`_checkpoint_offset`, torch 2.6 and later).
 """
 
-import io
-import os
 import pickle
 import re
 import struct
+import threading
 import zipfile
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from pathlib import PurePosixPath
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from export.errors import SnapshotError
+from export.storage import Location, RemoteFile, SeekableReader
 
 __all__ = ["FileSlice", "TorchFile"]
 
 # The end of a zip record's local header: lengths of its name and of its extra field (APPNOTE.TXT, 4.3.7).
 _LOCAL_HEADER = struct.Struct("<26xHH")
+_FAKE_MODE = threading.Lock()  # entering it sets flags of the whole process
 
 
-class FileSlice(io.RawIOBase):
+class FileSlice(SeekableReader):
     """`length` bytes of a file from `offset` on, as a file of its own: a DCP file is many torch.save files in a row."""
 
-    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
-        self._fd, self._offset, self._length, self._position = file.fileno(), offset, length, 0
+    def __init__(self, file: Any, offset: int, length: int) -> None:
+        super().__init__(length)
+        self._file, self._offset = file, offset
 
-    def readable(self) -> bool:
-        """Always."""
-        return True
-
-    def seekable(self) -> bool:
-        """Always."""
-        return True
-
-    def tell(self) -> int:
-        """The position within the slice."""
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Moves within the slice."""
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        """Reads at the position, never past the slice."""
-        count = max(0, min(len(buffer), self._length - self._position))
-        done = os.preadv(self._fd, [memoryview(buffer)[:count]], self._offset + self._position) if count else 0
-        self._position += done
-        return done
+    def _read_at(self, position: int, out: memoryview) -> int:
+        self._file.seek(self._offset + position)
+        return int(self._file.readinto(out))
 
 
 class TorchFile:
     """A file that torch.save wrote: its object with fake tensors, and where each tensor's values are."""
 
-    def __init__(self, path: Path, file: Any) -> None:
+    def __init__(self, path: Location, file: Any) -> None:
         """Reads the structure of `file`, which `path` names in errors.
 
         Raises:
@@ -70,8 +51,10 @@ class TorchFile:
         self._records = self._read_records(file)
         file.seek(0)
         try:
-            with FakeTensorMode():
+            with _FAKE_MODE, FakeTensorMode():
                 self.content: Any = torch.load(file, weights_only=True, map_location="cpu")
+        except SnapshotError:
+            raise
         except pickle.UnpicklingError as error:
             named = re.search(r"GLOBAL ([\w.]+)", str(error))
             what = f" (it names {named.group(1)})" if named else ""
@@ -99,6 +82,8 @@ class TorchFile:
                     raise SnapshotError(
                         f"{path}: was written on a big-endian machine; save it again on a little-endian one"
                     )
+            if isinstance(file, RemoteFile):
+                file.prefetch([info.header_offset for info in infos])
             records = {}
             for info in infos:
                 file.seek(info.header_offset)

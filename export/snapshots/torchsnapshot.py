@@ -6,7 +6,7 @@ which tensor. The library that writes them loads a whole table to read a row; he
 
 import json
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
@@ -16,6 +16,7 @@ from ruamel.yaml.error import YAMLError
 
 from export.errors import SnapshotError
 from export.snapshots.rows import Blob, StoredTensor, read_commit_mark
+from export.storage import Location, join
 from runtime_py.digests import sha256
 
 __all__ = ["SNAPSHOT_METADATA", "TorchsnapshotIndex"]
@@ -30,14 +31,14 @@ class TorchsnapshotIndex:
 
     format = "torchsnapshot"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         """Reads `.snapshot_metadata`.
 
         Raises:
             SnapshotError: it is damaged, or of another version.
         """
         self._path = path
-        self._file = path / SNAPSHOT_METADATA
+        self._file = join(path, SNAPSHOT_METADATA)
         data = read_commit_mark(self._file)
         self.digest = sha256(data)
         self.tensors: dict[str, StoredTensor] = {}
@@ -68,6 +69,7 @@ class TorchsnapshotIndex:
         one where the tensor was replicated: the lowest rank's is taken.
         """
         kinds: dict[str, str] = {}
+        paths: dict[str, tuple[str, ...]] = {}
         collected: dict[str, list[dict[str, Any]]] = {}
         for path, entry in sorted(manifest.items(), key=lambda item: int(item[0].split("/", 1)[0])):
             kind = entry["type"]
@@ -75,7 +77,12 @@ class TorchsnapshotIndex:
                 if kind == "DTensor":
                     raise SnapshotError(f"{self._file}: '{path}' is a DTensor, which format {_VERSION} does not have")
                 continue
-            name = ".".join(unquote(part) for part in path.split("/")[1:])
+            logical = tuple(unquote(part) for part in path.split("/")[1:])
+            name = ".".join(logical)
+            if paths.setdefault(name, logical) != logical:
+                raise SnapshotError(
+                    f"{self._file}: '{'/'.join(paths[name])}' and '{'/'.join(logical)}' are both '{name}'"
+                )
             if kinds.setdefault(name, kind) != kind:
                 raise SnapshotError(f"{self._file}: '{name}' is a {kinds[name]} of one rank and a {kind} of another")
             if kind == "ShardedTensor":
@@ -119,4 +126,4 @@ class TorchsnapshotIndex:
             if start < 0 or end - start != size:
                 raise SnapshotError(f"{self._file}: '{name}': byte range {start}-{end}, expected {size} bytes")
             if size:
-                yield Blob(self._path / location, start, row, column, rows, columns)
+                yield Blob(join(self._path, str(location)), start, row, column, rows, columns)
