@@ -22,6 +22,7 @@ from export.errors import PublishError, RowsError, SnapshotChangedError
 __all__ = ["Staging", "fsync", "publish", "refuse_existing", "staged", "write_file", "writing"]
 
 _LOCK = "export.lock"
+_FOLDER = "artifact"  # not the target's name, which may be that of another file in the container
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -56,7 +57,7 @@ def staged(target: Path, *, adopt: Callable[[Path], bool] | None = None) -> Iter
             target.parent.mkdir(parents=True, exist_ok=True)
             with _locked(target.parent):  # or a build that begins just now takes ours, not yet locked, for abandoned
                 held = _clean_up(target, adopt) or _make_container(target)
-            staging = Staging(held.container, held.container / target.name)
+            staging = Staging(held.container, held.container / _FOLDER)
             staging.folder.mkdir(exist_ok=True)
             yield staging
     except BaseException as error:
@@ -67,7 +68,8 @@ def staged(target: Path, *, adopt: Callable[[Path], bool] | None = None) -> Iter
             error.add_note(f"{held.container}: holds what is finished; go on with --resume, or remove it")
         raise
     finally:
-        with _signals_deferred():  # torchrun stops the other processes while they still clean up after the first failure
+        # torchrun stops the other processes while they still clean up after the first failure.
+        with _signals_deferred():
             if held is not None:
                 if not keep:
                     shutil.rmtree(held.container, ignore_errors=True)

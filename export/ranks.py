@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
-from export.errors import ExportError, PeerError, PublishError
+from export.errors import ExportError, PeerError, PublishError, RowsError, SnapshotChangedError
 
 __all__ = ["Ranks", "joined_ranks", "processes_of_this_host", "rank_of_this_process"]
 
@@ -67,15 +67,20 @@ class Ranks:
     def check(self) -> None:
         """Raises a PeerError where another rank has failed."""
         if self.world > 1 and self._store.check([_FAILED]):
-            rank, code, message = json.loads(self._store.get(_FAILED))
+            rank, code, message, _ = json.loads(self._store.get(_FAILED))
             raise PeerError(f"rank {rank}: {message}", code)
+
+    def refused(self) -> bool:
+        """Whether another rank has refused the snapshot's rows, so that nothing that is finished is of use."""
+        return bool(self.world > 1 and self._store.check([_FAILED]) and json.loads(self._store.get(_FAILED))[3])
 
     def fail(self, error: BaseException) -> None:
         """Ends the other ranks; the first failure is what they are told."""
         code = error.exit_code if isinstance(error, ExportError) else 1
         message = str(error) if isinstance(error, ExportError) else f"failed: {error!r}"
         with suppress(RuntimeError):  # the store may be gone, and with it the others
-            self._store.compare_set(_FAILED, "", json.dumps([self.rank, code, message]))
+            refused = isinstance(error, RowsError | SnapshotChangedError)
+            self._store.compare_set(_FAILED, "", json.dumps([self.rank, code, message, refused]))
 
     @contextmanager
     def beating(self) -> Iterator[None]:

@@ -411,6 +411,16 @@ def test_what_may_be_gone_on_with_stays_unless_it_is_published(tmp_path: Path, p
             assert tree(again.folder) == FILLED
 
 
+@pytest.mark.parametrize("name", ["export.lock", "scratch-1", "journal-0.jsonl", "aside-0", "artifact"])
+def test_a_target_may_have_the_name_of_what_lies_beside_its_staging_folder(tmp_path: Path, name: str) -> None:
+    target = tmp_path / name
+    with staged(target) as made:
+        assert made.folder.name == "artifact"
+        fill(made.folder)
+        publish(made.folder, target)
+    assert tree(target) == FILLED
+
+
 def test_a_signal_that_arrives_during_the_clean_up_does_not_cut_it_short(tmp_path: Path) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt("stopped")

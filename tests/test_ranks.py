@@ -17,7 +17,7 @@ from support import make_rows, write_config, write_dcp
 
 from export import ranks as ranks_module
 from export.config import Precision
-from export.errors import GateError, PeerError, PublishError, SnapshotError
+from export.errors import GateError, PeerError, PublishError, RowsError, SnapshotChangedError, SnapshotError
 from export.ranks import Ranks, joined_ranks, processes_of_this_host, rank_of_this_process
 from export.snapshots.rows import StoredTensor, TableRows
 from export.weight_file import PlannedTable, WeightPlan
@@ -65,6 +65,15 @@ def test_what_makes_one_rank_fail_ends_those_that_wait_and_those_that_work(three
                 ended()
             assert str(caught.value) == f"rank 2: {error}"
             assert caught.value.exit_code == error.exit_code
+
+
+@pytest.mark.parametrize(
+    ("error", "refused"), [(RowsError("nan"), True), (SnapshotChangedError("new"), True), (PublishError("full"), False)]
+)
+def test_a_rank_that_refuses_the_rows_leaves_nothing_to_go_on_with(three, error, refused):
+    assert not three[0].refused()
+    three[2].fail(error)
+    assert three[0].refused() == refused
 
 
 def test_a_defect_of_one_rank_is_told_with_its_name(three):

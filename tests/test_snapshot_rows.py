@@ -208,3 +208,13 @@ def test_the_chunks_share_one_buffer(tmp_path: Path) -> None:
     table = make_table(7, 2, torch.float32)
     stored = rows_of(table, store(tmp_path, table, [(0, 0, 7, 2)]))
     assert len({chunk.data_ptr() for _, chunk in stored.chunks(range(0, stored.num_embeddings, 3))}) == 1
+
+
+@pytest.mark.parametrize("second", [0, 8, 15])
+def test_two_shards_with_a_byte_in_common_are_refused(tmp_path: Path, second: int) -> None:
+    (tmp_path / "0.bin").write_bytes(bytes(100))
+    blobs = [Blob(tmp_path / "0.bin", start, row, 0, 1, 4) for row, start in ((0, 0), (1, second))]
+    assert (
+        refusal((2, 4), blobs) == f"{tmp_path / '0.bin'}: two shards of 'user' have byte {second}; the index is damaged"
+    )
+    rows_of(torch.zeros(2, 4), [blobs[0], Blob(tmp_path / "0.bin", 16, 1, 0, 1, 4)])

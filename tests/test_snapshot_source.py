@@ -203,6 +203,16 @@ def test_files_that_are_named_by_their_step_are_steps(tmp_path: Path) -> None:
     assert read(tmp_path, step=9)[1].step == 9
 
 
+@pytest.mark.parametrize("numbers", [[100], [100, 90, 200]])
+def test_safetensors_files_that_are_named_by_their_step_are_steps(tmp_path: Path, numbers: list[int]) -> None:
+    for number in numbers:
+        write_safetensors(tmp_path / f"{number}.safetensors", {"user": torch.full((6, 4), float(number))})
+    for step in (None, 100):
+        wanted = step or max(numbers)
+        snapshot = open_snapshot(SnapshotConfig(uri=str(tmp_path), step=step))
+        assert snapshot.identity.step == wanted
+
+
 def test_folders_of_safetensors_files_that_are_named_by_their_step_are_steps(tmp_path: Path) -> None:
     for step in (9, 80):
         (tmp_path / str(step)).mkdir()

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import struct
+import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -264,6 +265,21 @@ def test_another_zip_file_is_refused(tmp_path: Path, records: dict[str, bytes]) 
 @pytest.mark.parametrize("state", [TABLE, [TABLE], "text", 7, None], ids=["tensor", "list", "text", "number", "None"])
 def test_a_file_without_named_tensors_has_no_table(tmp_path: Path, state: Any) -> None:
     assert "user" not in StateDictIndex(save(tmp_path, state)).tensors
+
+
+def test_a_dictionary_that_is_nested_without_end_is_refused(tmp_path: Path) -> None:
+    state: dict[str, Any] = {"user": TABLE}
+    for _ in range(2000):
+        state = {"a": state}
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(100_000)  # of the one who saves it
+    try:
+        path = save(tmp_path, state)
+    finally:
+        sys.setrecursionlimit(limit)
+    with pytest.raises(SnapshotError) as caught:
+        StateDictIndex(path)
+    assert str(caught.value).startswith(f"{path}: ")
 
 
 def test_a_dictionary_that_holds_itself_is_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -20,7 +21,8 @@ from runtime_py.tensor_file import tensor_bytes
 
 __all__ = ["Blob", "SnapshotIndex", "StoredTensor", "TableRows", "identify", "read_commit_mark"]
 
-_FETCHES = 4  # at a time, for each thread that takes chunks
+_FETCHES = 4  # at a time, for each thread that takes chunks, and no more than
+_FETCHED_BYTES = 4 << 20  # at a time, where that is more than one: a driver has two or three copies of a range
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class TableRows:
         """Checks that the blobs tile the table and lie within their files.
 
         Raises:
-            SnapshotError: a hole, an overlap, a blob outside the table, a missing or short file.
+            SnapshotError: a hole, an overlap, a blob outside the table, a missing or short file, a byte of two blobs.
         """
         self.name = tensor.name
         self.num_embeddings, self.embedding_dim = tensor.shape
@@ -132,6 +134,13 @@ class TableRows:
             )
 
     def _check_files(self) -> None:
+        places = sorted(
+            (str(blob.path), blob.offset_bytes, blob.offset_bytes + blob.rows * blob.columns * self.dtype.itemsize)
+            for blob in self._blobs
+        )
+        for (file, _, end), (other, start, _) in pairwise(places):
+            if file == other and start < end:
+                raise SnapshotError(f"{file}: two shards of '{self.name}' have byte {start}; the index is damaged")
         ends: dict[Location, int] = {}
         for blob in self._blobs:
             end = blob.offset_bytes + blob.rows * blob.columns * self.dtype.itemsize
@@ -202,12 +211,13 @@ class TableRows:
             self.read(start, chunk)
             return chunk
 
-        pool = ThreadPoolExecutor(_FETCHES)
+        fetches = max(1, min(_FETCHES, _FETCHED_BYTES // (starts.step * self.embedding_dim * self.dtype.itemsize)))
+        pool = ThreadPoolExecutor(fetches)
         waiting: deque[tuple[int, Future[torch.Tensor]]] = deque()
         try:
             for start in starts:
                 waiting.append((start, pool.submit(fetch, start)))
-                if len(waiting) > _FETCHES:
+                if len(waiting) > fetches:
                     first, fetched = waiting.popleft()
                     yield first, fetched.result()
             while waiting:

@@ -6,6 +6,7 @@ import math
 import os
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -41,13 +42,19 @@ _TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # others are never rows
-_INDEX = ".safetensors.index.json"
+_ENDING = ".safetensors"
+_INDEX = f"{_ENDING}.index.json"
 _SHARDED = "sharded"  # where DCP leaves the parts that it consolidated
 
 
 def is_safetensors(path: Location) -> bool:
-    """Whether `path` is a safetensors file or a folder with safetensors files."""
-    return path.suffix == ".safetensors" if is_file(path) else bool(find_files(path, ".safetensors"))
+    """Whether `path` is a safetensors file, or a folder with the files of one snapshot and not with one a step."""
+    if is_file(path):
+        name = path.name if isinstance(path, Path) else path.name.partition("?")[0]  # a signature may follow
+        return name.endswith(_ENDING)
+    files = find_files(path, _ENDING)
+    steps = all(file.name.removesuffix(_ENDING).isdecimal() for file in files)
+    return bool(files) and (not steps or bool(find_files(path, _INDEX)))
 
 
 @dataclass(frozen=True)
@@ -259,5 +266,6 @@ def _check_tiling(file: Location, entries: dict[str, Any], data_bytes: int) -> N
         if start != position:
             raise SnapshotError(f"{file}: '{name}' starts at byte {start} of the data, expected {position}")
         position = end
-    if position > data_bytes:
-        raise SnapshotError(f"{file}: has {data_bytes} bytes of data, its header says {position}; it was truncated")
+    if position != data_bytes:
+        what = "was truncated" if position > data_bytes else "has bytes beyond its tensors, which the format forbids"
+        raise SnapshotError(f"{file}: has {data_bytes} bytes of data, its header says {position}; it {what}")

@@ -25,7 +25,7 @@ class StateDictIndex:
         """Reads the file's structure, and none of its values.
 
         Raises:
-            SnapshotError: see `TorchFile`; or two tensors have the same joined name.
+            SnapshotError: see `TorchFile`; two tensors have the same joined name; or it is nested without end.
         """
         self._path = path
         try:
@@ -35,7 +35,10 @@ class StateDictIndex:
         except OSError as error:
             raise SnapshotError(f"{path}: cannot be read: {error.strerror}") from error
         self._tensors: dict[str, torch.Tensor] = {}
-        self._collect(self._file.content, "", ())
+        try:
+            self._collect(self._file.content, "", ())
+        except RecursionError as error:
+            raise SnapshotError(f"{path}: is nested too deeply for a state dict") from error
         self.tensors = {
             name: StoredTensor(name, tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()
         }

@@ -172,7 +172,9 @@ def main() -> None:
         "--kinds", nargs="+", default=KINDS, help=f"of {', '.join(KINDS)}, sparse (default: all but sparse)"
     )
     parser.add_argument("--limit-mib", type=int, default=0, help="private memory that the kernel allows the build")
-    parser.add_argument("--folder", type=Path, help="where to write (default: the temporary folder)")
+    parser.add_argument(
+        "--folder", type=lambda text: Path(text).resolve(), help="where to write (default: the temporary folder)"
+    )
     options = parser.parse_args()
     environment = {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()}
     print(json.dumps({"date": time.strftime("%Y-%m-%d"), **environment}), flush=True)

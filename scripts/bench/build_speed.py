@@ -58,7 +58,9 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where to write (default: the temporary folder)")
+    parser.add_argument(
+        "--folder", type=lambda text: Path(text).resolve(), help="where to write (default: the temporary folder)"
+    )
     options = parser.parse_args()
     environment = {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()}
     print(json.dumps({"date": time.strftime("%Y-%m-%d"), **environment, "mib": options.mib, "kind": options.kind}))
