@@ -6,29 +6,28 @@ import json
 import os
 import platform
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from export.accuracy import check_budget
-from export.config import EmbeddingBagConfig, ReleaseConfig, SnapshotConfig, load_config
-from export.errors import ExportError, GateError, PublishError, SnapshotChangedError
+from export.config import ReleaseConfig, load_config
+from export.errors import ExportError, GateError, PublishError
 from export.journal import has_pieces
 from export.lookup import OPERATOR_LIBRARIES, make_lookup
-from export.parity import Case, check_parity, make_cases, make_slots, probe_ids
+from export.parity import check_parity, make_slots
+from export.plan import Clock, ReleasePlan, plan_release
 from export.progress import NoProgress, Progress
 from export.publish import Staging, publish, refuse_existing, staged, write_file, writing
 from export.ranks import joined_ranks
+from export.report import BuildFigures, ReportData, peak_memory_bytes, render_html, render_markdown
 from export.rows import help_with_rows, prepare_rows, write_rows
-from export.snapshots import Snapshot, open_snapshot
 from export.storage import drop_copies, redact
+from export.table_report import TableReport, report_tables
 from export.torchscript import write_torchscript
-from export.weight_file import PlannedTable, WeightPlan, WrittenWeights
+from export.weight_file import WrittenWeights
 from runtime_py import verify_artifact
 from runtime_py.digests import ZEROED, Digest, sha256
 from runtime_py.manifest import (
@@ -42,11 +41,8 @@ from runtime_py.manifest import (
     Output,
     ParitySummary,
     Provenance,
-    SnapshotIdentity,
-    TableAccuracy,
     compute_artifact_id,
 )
-from runtime_py.parallel import map_ordered
 
 if TYPE_CHECKING:
     from export.vocabulary import VocabularyFigures, WrittenVocabulary
@@ -57,7 +53,9 @@ _TORCHSCRIPT = "graphs/lookup.torchscript.pt"
 _ACCURACY = "reports/accuracy.json"
 _PARITY = "reports/parity.json"
 _VOCABULARY = "reports/vocabulary.json"
-_REQUESTS = 16  # tables to look for at a time: where the snapshot is remote, each waits for answers
+_BUILD = "reports/build.json"
+_PAGE = "reports/report.html"
+_SUMMARY = "reports/summary.md"
 _TOOLS = ["torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "numpy", "pyarrow", "large-embeddings-export"]
 
 
@@ -81,6 +79,7 @@ class BuildResult:
             "stage_seconds": self.stage_seconds,
             "parity": asdict(self.manifest.parity),
             "accuracy": [asdict(figures) for figures in self.manifest.accuracy],
+            "choices": [asdict(choice) for choice in self.manifest.choices],
             "vocabularies": [asdict(figures) for figures in self.vocabularies],
             "snapshots": [asdict(snapshot) for snapshot in self.manifest.provenance.snapshots],
         }
@@ -92,6 +91,7 @@ def build_artifact(
     *,
     workers: int,
     resume: bool = False,
+    sample: int = 1,
     progress: Progress | None = None,
 ) -> BuildResult | None:
     """Builds, checks and publishes one artifact; under torchrun, together with the other processes.
@@ -102,6 +102,8 @@ def build_artifact(
         workers: how many threads of this process convert and check rows; each takes a few buffers of some MiB.
         resume: goes on with what an interrupted build of the same output has finished, where that is still right, and
             keeps what this one finishes should it be interrupted.
+        sample: of every so many chunks of rows one counts in the figures; 1 measures all rows. Every row is compared with
+            what it must be in any case.
         progress: is told what is being done.
 
     Returns:
@@ -111,7 +113,7 @@ def build_artifact(
         ExportError: what was refused, or the gate that failed. Nothing is left behind or, with `resume`, no more than what
             another build can go on with, which a note of the exception names.
     """
-    clock = _Clock(progress or NoProgress())
+    clock = Clock(progress or NoProgress())
     with joined_ranks() as ranks:
         if not isinstance(config, ReleaseConfig):
             config = load_config(config)
@@ -121,43 +123,49 @@ def build_artifact(
         if ranks.rank == 0:
             refuse_existing(target)
         drop_copies()
-        with clock.phase("snapshot"):
-            cases = make_cases(config.large_embeddings, config.parity.seed, config.parity.batches)
-            snapshots = _open_snapshots(config)
-            plan = _plan(config, snapshots, cases)
+        plan = plan_release(config, ranks, workers, sample, clock)
         if ranks.rank:
             with clock.phase("rows"), writing(target):
-                help_with_rows(ranks, plan, workers, clock.progress)
+                help_with_rows(ranks, plan.weights, workers, clock.progress)
             ranks.wait("published", 0)
             return None
-        adopt = (lambda container: has_pieces(container, plan.fingerprint)) if resume else None
-        with staged(target, adopt=adopt) as staging:
-            prepare_rows(ranks, plan, staging)
+
+        def has_use(container: Path) -> bool:
+            return has_pieces(container, plan.weights.fingerprint) and not ranks.refused()
+
+        with staged(target, adopt=has_use if resume else None) as staging:
+            prepare_rows(ranks, plan.weights, staging)
             vocabularies = []
             if any(table.vocab for table in config.large_embeddings.tables):
                 with clock.phase("vocabularies"):  # before the rows, which take longer: what is wrong shows early
                     vocabularies = _write_vocabularies(config, staging, workers)
             with clock.phase("rows"):
                 try:
-                    weights = write_rows(ranks, plan, staging, workers, clock.progress)
+                    weights = write_rows(ranks, plan.weights, staging, workers, clock.progress)
                 except ExportError:
-                    _check_sources(config, snapshots, cases, plan)  # the snapshot may have been written again
+                    plan.check_sources()  # the snapshot may have been written again
                     raise
-                _check_sources(config, snapshots, cases, plan)
+                plan.check_sources()
             with clock.phase("graphs"):
-                identities = [snapshot.identity for snapshot in snapshots.values()]
-                manifest = _write_graphs(config, weights, vocabularies, identities, staging.folder)
+                accuracy = report_tables(config, plan.precisions, plan.choices, plan.bags, weights)
+                manifest = _write_graphs(plan, weights, accuracy, vocabularies, staging.folder)
                 manifest = _write_manifest(staging.folder, manifest)  # the loader needs one; the final one comes last
             with clock.phase("digests"):
                 verify_artifact(staging.folder, "full", workers)
             with clock.phase("parity"):
-                manifest = _check(config, weights, cases, manifest, staging.folder)
+                manifest, cases = _check(plan, weights, accuracy, manifest, staging.folder)
+            with clock.phase("report"):
+                took = BuildFigures(
+                    dict(clock.seconds), weights.stage_seconds, peak_memory_bytes(), workers, ranks.world
+                )
+                figures = [vocabulary.figures for vocabulary in vocabularies]
+                manifest = _write_reports(manifest, accuracy, cases, figures, took, staging.folder)
             with clock.phase("publish"):
                 manifest = _write_manifest(staging.folder, manifest)
+                _check_size(config, manifest, staging.folder)
                 verify_artifact(staging.folder, "sizes")
                 publish(staging.folder, target)
         ranks.tell("published", "")
-    figures = [vocabulary.figures for vocabulary in vocabularies]
     return BuildResult(target, manifest, clock.seconds, weights.stage_seconds, figures)
 
 
@@ -177,59 +185,6 @@ def _refuse_undecodable(path: str) -> None:
         raise PublishError(f"{path!r}: the name is not valid UTF-8; rename it") from error
 
 
-class _Clock:
-    """Names the phases as they start, and keeps their times."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self.progress.phase(name)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start, 3)
-
-
-def _open_snapshots(config: ReleaseConfig) -> dict[SnapshotConfig, Snapshot]:
-    """The configuration's snapshot, then those of pretrained tables."""
-    sources = dict.fromkeys([config.snapshot, *(_source(config, table)[0] for table in config.large_embeddings.tables)])
-    return {source: open_snapshot(source) for source in sources}
-
-
-def _plan(config: ReleaseConfig, snapshots: Mapping[SnapshotConfig, Snapshot], cases: list[Case]) -> WeightPlan:
-    """Finds the rows of every table, and so refuses a snapshot that does not fit before anything is written."""
-    ids = probe_ids(config.large_embeddings, cases)
-
-    def find(table: EmbeddingBagConfig) -> PlannedTable:
-        source, name = _source(config, table)
-        rows = snapshots[source].table(table, name)
-        return PlannedTable(table.name, rows, config.serving_precision(table), ids[table.name])
-
-    return WeightPlan(list(map_ordered(find, config.large_embeddings.tables, _REQUESTS)))
-
-
-def _check_sources(
-    config: ReleaseConfig, snapshots: Mapping[SnapshotConfig, Snapshot], cases: list[Case], plan: WeightPlan
-) -> None:
-    """Opens the snapshots again: whatever was written again since the first look shows as another plan."""
-    again = {}
-    for source, snapshot in snapshots.items():
-        again[source] = open_snapshot(source.model_copy(update={"step": snapshot.identity.step}))
-        if again[source].identity != snapshot.identity:
-            raise SnapshotChangedError(f"{source.uri}: the snapshot changed while it was read; build again")
-    if _plan(config, again, cases).fingerprint != plan.fingerprint:
-        raise SnapshotChangedError(f"{config.snapshot.uri}: the snapshot changed while it was read; build again")
-
-
-def _source(config: ReleaseConfig, table: EmbeddingBagConfig) -> tuple[SnapshotConfig, str]:
-    """The snapshot that has the table's rows, and what the table is called there."""
-    if table.pretrained is None:
-        return config.snapshot, table.name
-    return SnapshotConfig(uri=table.pretrained.embedding_snapshot_uri), table.pretrained.emb_name
-
-
 def _write_vocabularies(config: ReleaseConfig, staging: Staging, workers: int) -> "list[WrittenVocabulary]":
     """Writes the vocabulary of every table that has one, and the report on all of them."""
     written = []
@@ -246,13 +201,14 @@ def _write_vocabularies(config: ReleaseConfig, staging: Staging, workers: int) -
 
 
 def _write_graphs(
-    config: ReleaseConfig,
+    plan: ReleasePlan,
     weights: WrittenWeights,
+    accuracy: list[TableReport],
     vocabularies: "list[WrittenVocabulary]",
-    snapshots: list[SnapshotIdentity],
     staging: Path,
 ) -> Manifest:
     """Writes the graph, and drafts the manifest: everything but the outcome of the gates."""
+    config = plan.config
     features = [
         Feature(slot.feature, slot.table.name, slot.table.pooling.value, slot.table.weighted)
         for slot in make_slots(config.large_embeddings)
@@ -286,10 +242,11 @@ def _write_graphs(
             *(vocabulary.file for vocabulary in vocabularies),
             *([_describe_file(staging, _VOCABULARY)] if vocabularies else []),
         ],
-        accuracy=weights.accuracies,
+        accuracy=[report.figures for report in accuracy],
+        choices=plan.choices,
         parity=ParitySummary(config.parity.seed, 0, "", 0.0, 0.0),
         provenance=Provenance(
-            snapshots=snapshots,
+            snapshots=plan.identities,
             configuration=_redacted(config.model_dump(mode="json")),
             tools=tools,
             built_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -300,26 +257,55 @@ def _write_graphs(
 
 
 def _check(
-    config: ReleaseConfig, weights: WrittenWeights, cases: list[Case], manifest: Manifest, staging: Path
+    plan: ReleasePlan,
+    weights: WrittenWeights,
+    accuracy: list[TableReport],
+    manifest: Manifest,
+    staging: Path,
+) -> tuple[Manifest, list[dict[str, Any]]]:
+    """Runs the gates on the staged artifact; returns the manifest with their outcome, and each case's."""
+    problems = [line for report in accuracy for line in report.problems]
+    if problems:
+        raise GateError("\n".join(problems))
+    config = plan.config
+    summary, cases = check_parity(
+        staging, config.large_embeddings, plan.precisions, plan.cases, weights.probes, config.parity.seed
+    )
+    return replace(manifest, parity=summary), cases
+
+
+def _write_reports(
+    manifest: Manifest,
+    accuracy: list[TableReport],
+    cases: list[dict[str, Any]],
+    vocabularies: "list[VocabularyFigures]",
+    took: BuildFigures,
+    staging: Path,
 ) -> Manifest:
-    """Runs the gates on the staged artifact; returns the manifest with their reports."""
-    _check_budgets(config, weights.accuracies)
-    precisions = {table.name: config.serving_precision(table) for table in config.large_embeddings.tables}
-    seed = config.parity.seed
-    summary, results = check_parity(staging, config.large_embeddings, precisions, cases, weights.probes, seed)
-    write_file(staging / _ACCURACY, _to_json({"tables": [asdict(accuracy) for accuracy in weights.accuracies]}))
-    write_file(staging / _PARITY, _to_json(asdict(summary) | {"cases": results}))
-    files = [*manifest.files, _describe_file(staging, _ACCURACY), _describe_file(staging, _PARITY)]
-    return replace(manifest, files=files, parity=summary)
+    """Writes everything for people to read; returns the manifest that lists it."""
+    tables = [report.to_json() for report in accuracy]
+    data = ReportData(manifest, tables, cases, asdict(took), [asdict(figures) for figures in vocabularies])
+    documents = {
+        _ACCURACY: _to_json({"tables": tables}),
+        _PARITY: _to_json({"seed": manifest.parity.seed, "serving": manifest.parity.serving, "cases": cases}),
+        _BUILD: _to_json(data.build),
+        _PAGE: render_html(data).encode(),
+        _SUMMARY: render_markdown(data).encode(),
+    }
+    for path, document in documents.items():
+        write_file(staging / path, document)
+    return replace(manifest, files=[*manifest.files, *(_describe_file(staging, path) for path in documents)])
 
 
-def _check_budgets(config: ReleaseConfig, accuracies: list[TableAccuracy]) -> None:
-    lines = []
-    for table, accuracy in zip(config.large_embeddings.tables, accuracies, strict=True):
-        budget = config.parity.budget(table.name, config.serving_precision(table))
-        lines += check_budget(accuracy, budget)
-    if lines:
-        raise GateError("\n".join(lines))
+def _check_size(config: ReleaseConfig, manifest: Manifest, staging: Path) -> None:
+    """Raises a GateError where the artifact is larger than its byte budget."""
+    auto = config.serving.auto
+    total = sum(file.bytes for file in manifest.files) + (staging / MANIFEST).stat().st_size
+    if auto is not None and auto.max_bytes is not None and total > auto.max_bytes:
+        raise GateError(
+            f"the artifact has {total:,} bytes, {total - int(auto.max_bytes):,} more than serving.auto.max_bytes: "
+            f"{int(auto.max_bytes):,}; raise it"
+        )
 
 
 def _write_manifest(staging: Path, manifest: Manifest) -> Manifest:

@@ -1,4 +1,4 @@
-"""The command line: `python -m export build | verify | inspect`.
+"""The command line: `python -m export plan | build | verify | inspect | report`.
 
 stdout carries the result, stderr the progress. Exit codes: 0 done, 1 refused with one clear error, 2 usage, 3 a parity
 or accuracy gate failed, 130 and 143 stopped by a signal. This module prints and exits; it decides nothing.
@@ -15,20 +15,23 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from export.errors import ExportError, PeerError
+from export.errors import ExportError, GateError, PeerError
 from export.progress import progress_on
 from export.ranks import processes_of_this_host, rank_of_this_process
 from export.storage import drop_copies, redact_all
 from runtime_py.errors import ArtifactError
 from runtime_py.manifest import Manifest, read_manifest
 from runtime_py.verify import verify_artifact
+
+if TYPE_CHECKING:
+    from export.plan import Preview
 
 __all__ = ["main"]
 
@@ -40,8 +43,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_SAMPLE = typer.Option(
+    min=1, help="Measure accuracy on one of so many chunks of rows (some MiB each); default: on every row."
+)
 _JSON = typer.Option("--json", help="Print one JSON object instead of text.")
 _WIDTH = 120
+_WIDE = 250  # where the last column has sentences
 _RANK = rank_of_this_process()
 _WORKERS = max(1, (os.cpu_count() or 1) // processes_of_this_host())
 
@@ -55,6 +62,7 @@ def build(
         bool,
         typer.Option("--resume", help="Go on with an interrupted build, and leave what another one can go on with."),
     ] = False,
+    sample: Annotated[int, _SAMPLE] = 1,
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
     """Build, check and publish an artifact; under torchrun, with all of its processes."""
@@ -62,7 +70,7 @@ def build(
 
     try:
         with progress_on(None if _RANK else sys.stderr) as progress:
-            result = build_artifact(config, output, workers=workers, resume=resume, progress=progress)
+            result = build_artifact(config, output, workers=workers, resume=resume, sample=sample, progress=progress)
     except _Stopped as stop:
         stop.outcome = f"{output} is complete" if os.path.lexists(output) else "nothing was published"
         raise
@@ -78,6 +86,26 @@ def build(
         _write(text)
     except OSError as error:
         _fail(f"{output} is complete, but its summary could not be written: {error.strerror}", 1)
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Option(help="The release configuration (YAML).")],
+    workers: Annotated[
+        int, typer.Option(min=1, help="Threads that read and measure rows; default: one a core.")
+    ] = _WORKERS,
+    sample: Annotated[int, _SAMPLE] = 1,
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Show what each precision would cost each table, and what a build would choose; writes nothing."""
+    from export.config import load_config
+    from export.plan import Clock, preview_release  # see `build`
+
+    with progress_on(sys.stderr) as progress:
+        preview = preview_release(load_config(config), workers, sample, Clock(progress))
+    _write(_to_json(preview.to_json()) if as_json else _describe_preview(preview))
+    if preview.refusal:
+        raise GateError(preview.refusal)
 
 
 @app.command()
@@ -105,6 +133,21 @@ def verify(
     what = "sizes, and every digest but the rows'" if sizes else "every digest"
     files = f"{len(manifest.files) + 1} files, {decimal(total)}"
     _write(f"{artifact}: intact: {files}, {what}, in {seconds:.2f} s\n")
+
+
+@app.command()
+def report(
+    artifact: Annotated[Path, typer.Argument(help="The artifact's folder.")],
+    output: Annotated[Path, typer.Option(help="The page to write; an existing one is replaced.")],
+    evaluation: Annotated[
+        Path | None, typer.Option(help="Figures of a task, as JSON, to show beside the artifact's own.")
+    ] = None,
+) -> None:
+    """Write an artifact's report again, to a file outside of it, with the figures of a task."""
+    from export.report import read_report_data, render_html
+
+    output.write_text(render_html(read_report_data(artifact, evaluation)), encoding="utf-8")
+    _write(f"{output}\n")
 
 
 @app.command()
@@ -178,8 +221,7 @@ def _to_json(document: dict[str, Any]) -> str:
 
 
 def _summary(artifact: Path, manifest: Manifest) -> str:
-    text = io.StringIO()
-    console = Console(file=text, width=_WIDTH, highlight=False, markup=False, emoji=False)
+    console, text = _console()
     console.print("artifact  ", str(artifact), soft_wrap=True)
     console.print("id        ", manifest.artifact_id)
     for snapshot in manifest.provenance.snapshots:
@@ -194,17 +236,71 @@ def _summary(artifact: Path, manifest: Manifest) -> str:
         console.print("vocabulary", f"{line}, {decimal(manifest.file[vocabulary.path].bytes)}", soft_wrap=True)
     for graph in manifest.graphs:
         console.print("graph     ", f"{graph.backend} for {graph.target}, {decimal(manifest.file[graph.path].bytes)}")
+    for choice in manifest.choices:
+        console.print("choice    ", f"{choice.table}: {choice.serving_precision}: {choice.reason}", soft_wrap=True)
+    for figures in manifest.accuracy:
+        if figures.outlier_rows:
+            line = f"{figures.table}: {figures.outlier_rows:,} rows in which one value flattens the others"
+            console.print("outliers  ", f"{line}; see reports/accuracy.json", soft_wrap=True)
     parity = manifest.parity
     console.print("parity    ", f"{parity.cases} batches {parity.serving};")
     share = parity.quantization_max_share_of_bound
-    console.print("          ", f"at most {parity.quantization_max_error:.3g} from float32, {share:.0%} of the bound")
+    console.print(
+        "          ",
+        f"at most {parity.quantization_max_error:.3g} from float32, {math.ceil(100 * share):.0f}% of the bound",
+    )
     return text.getvalue()
+
+
+def _describe_preview(preview: "Preview") -> str:
+    view = Table(box=None, pad_edge=False, header_style="")
+    view.add_column("table")
+    for name in ("", "precision", "bytes", "max error", "rel. L2", "mean cosine", "worst cosine", "outliers"):
+        view.add_column(name, justify="right")
+    view.add_column("outside its budget")
+    for table, candidates in preview.candidates.items():
+        for number, entry in enumerate(candidates):
+            figures = entry.accuracy
+            numbers = ["-"] * 5
+            if figures is not None:
+                numbers = [
+                    _figure(figures.max_absolute_error),
+                    _figure(figures.relative_l2),
+                    _cosine(figures.mean_cosine),
+                    _cosine(figures.worst_cosine),
+                    f"{figures.outlier_rows:,}",
+                ]
+            view.add_row(
+                "" if number else table,
+                "->" if entry.precision is preview.precisions.get(table) else "",
+                entry.precision,
+                decimal(entry.bytes),
+                *numbers,
+                "; ".join(problem.partition(": ")[2].partition(",")[0] for problem in entry.problems),
+            )
+    console, text = _console(_WIDE)
+    console.print(view)
+    for choice in preview.choices:
+        console.print("choice    ", f"{choice.table}: {choice.serving_precision}: {choice.reason}", soft_wrap=True)
+    measured = "every row" if preview.sample == 1 else f"one chunk of rows of {preview.sample}"
+    console.print("measured  ", measured)
+    if not preview.refusal:
+        console.print(
+            "artifact  ", f"{decimal(preview.artifact_bytes)}, graphs and reports included as set aside for them"
+        )
+        console.print("time      ", f"{preview.seconds:.1f} s on these workers, and the disk's to write it")
+    return text.getvalue()
+
+
+def _console(width: int = _WIDTH) -> tuple[Console, io.StringIO]:
+    text = io.StringIO()
+    return Console(file=text, width=width, highlight=False, markup=False, emoji=False), text
 
 
 def _table_of_tables(manifest: Manifest) -> Table:
     view = Table(box=None, pad_edge=False, header_style="")
     view.add_column("table")
-    for name in ("features", "rows", "dim", "stored as", "before", "after", "max error", "rel. L2", "cosine"):
+    for name in ("features", "rows", "dim", "stored as", "before", "after", "max error", "rel. L2", "worst cosine"):
         view.add_column(name, justify="left" if name == "features" else "right")
     for figures in manifest.accuracy:
         table = manifest.table[figures.table]
@@ -219,7 +315,7 @@ def _table_of_tables(manifest: Manifest) -> Table:
             decimal(figures.bytes_after),
             _figure(figures.max_absolute_error),
             _figure(figures.relative_l2),
-            "-" if figures.cosine is None else f"{figures.cosine:.7f}",
+            _cosine(figures.worst_cosine),
         )
     before = sum(figures.bytes_before for figures in manifest.accuracy)
     after = sum(figures.bytes_after for figures in manifest.accuracy)
@@ -229,3 +325,7 @@ def _table_of_tables(manifest: Manifest) -> Table:
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.2e}" if value else "0"
+
+
+def _cosine(value: float | None) -> str:
+    return "-" if value is None else f"{value:.7f}"

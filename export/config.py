@@ -9,13 +9,14 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Self, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Self, get_args, get_origin
 
 import torch
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
+    ByteSize,
     ConfigDict,
     Field,
     Strict,
@@ -30,8 +31,12 @@ from ruamel.yaml.comments import TaggedScalar
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from export.errors import ConfigError
+from runtime_py.manifest import ROW_FORMATS
 
 __all__ = [
+    "STORED",
+    "AccessCountsConfig",
+    "AutoConfig",
     "Budget",
     "DataType",
     "EmbeddingBagConfig",
@@ -83,6 +88,9 @@ class Precision(StrEnum):
     AUTO = "auto"
 
 
+STORED = (Precision.FP32, Precision.FP16, Precision.INT8, Precision.INT4, Precision.INT2)  # widest first
+
+
 class GraphKind(StrEnum):
     """A form in which the lookup is exported."""
 
@@ -130,9 +138,14 @@ def _built(*built: StrEnum) -> AfterValidator:
     return AfterValidator(check)
 
 
-_BuiltPrecision = Annotated[Precision, _built(Precision.FP32, Precision.FP16)]
 _BuiltGraph = Annotated[GraphKind, _built(GraphKind.TORCHSCRIPT)]
 _BuiltTarget = Annotated[Target, _built(Target.CPU)]
+
+
+def _stored(value: Precision) -> Precision:
+    if value is Precision.AUTO:
+        raise PydanticCustomError(_OURS, f"'auto' is no type of rows; expected one of {', '.join(STORED)}")
+    return value
 
 
 def _unique(values: list[StrEnum]) -> list[StrEnum]:
@@ -167,6 +180,16 @@ _FeatureName = Annotated[str, AfterValidator(_check_feature_name)]
 _Count = Annotated[StrictInt, Field(ge=1, lt=2**63)]
 _Float = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 _Ratio = Annotated[_Float, Field(ge=0.0)]
+
+
+_Cosine = Annotated[_Float, Field(ge=-1.0, le=1.0)]
+_StoredPrecision = Annotated[Precision, AfterValidator(_stored)]
+
+
+def dim_divisor(precision: Precision) -> int:
+    """What `embedding_dim` must be a multiple of for rows of a precision other than `auto`."""
+    name: Any = precision.value
+    return ROW_FORMATS[name].dim_divisor
 
 
 class _Section(BaseModel):
@@ -253,10 +276,21 @@ class VocabularyConfig(_Section):
     min_coverage: Annotated[_Float, Field(ge=0.0, le=1.0)] = 0.0
 
 
-def _read_vocab(value: object) -> object:
-    if isinstance(value, str):  # as a training configuration has it
+class AccessCountsConfig(_Section):
+    """How often each row was looked up: a folder of parquet files, or one, with a column of rows and one of counts.
+
+    A row that is named more than once has the sum of its counts, one that is not named has none.
+    """
+
+    uri: Annotated[str, Field(min_length=1)]
+    index: Annotated[str, Field(min_length=1)] = "index"
+    count: Annotated[str, Field(min_length=1)] = "count"
+
+
+def _read_uri(value: object) -> object:
+    if isinstance(value, str):  # a vocabulary, as a training configuration has it
         return {"uri": value}
-    if value is not None and not isinstance(value, Mapping | VocabularyConfig):
+    if value is not None and not isinstance(value, Mapping | VocabularyConfig | AccessCountsConfig):
         raise PydanticCustomError(_OURS, f"expected a path, or a mapping with the key 'uri', got {value!r}")
     return value
 
@@ -268,13 +302,14 @@ class EmbeddingBagConfig(_Section):
     num_embeddings: _Count
     embedding_dim: Annotated[StrictInt, Field(ge=1, le=2**20)]
     pretrained: EmbeddingSnapshot | None = None
-    vocab: Annotated[VocabularyConfig | None, BeforeValidator(_read_vocab)] = None
+    vocab: Annotated[VocabularyConfig | None, BeforeValidator(_read_uri)] = None
     optimizer: OptimizerConfig | None = None
     data_type: DataType
     feature_names: Annotated[list[_FeatureName], Field(min_length=1)] | None = None
     pooling: Pooling = Pooling.SUM
     weighted: StrictBool = False
-    serving_precision: _BuiltPrecision | None = None
+    access_counts: Annotated[AccessCountsConfig | None, BeforeValidator(_read_uri)] = None
+    serving_precision: Precision | None = None
 
     @property
     def features(self) -> list[str]:
@@ -328,24 +363,72 @@ class SnapshotConfig(_Section):
     prefix: str | None = None
 
 
-class ServingConfig(_Section):
-    """What to write."""
-
-    precision: _BuiltPrecision = Precision.FP16
-    graphs: Annotated[list[_BuiltGraph], Field(min_length=1), AfterValidator(_unique)] = [GraphKind.TORCHSCRIPT]
-    targets: Annotated[list[_BuiltTarget], Field(min_length=1), AfterValidator(_unique)] = [Target.CPU]
-
-
 class Budget(_Section):
     """The largest loss of accuracy that a table's rows may show; a missing figure is not gated.
 
-    Every figure compares the stored rows, dequantized, with the float32 rows of the snapshot, over the whole table.
+    Every figure compares the stored rows, dequantized, with the float32 rows of the snapshot, over the whole table:
+    `max_row_relative_l2` is of the root mean square over rows, `min_cosine` of the mean over rows, `min_worst_cosine` of
+    every row, `max_lookup_relative_l2` of pooled bags.
     """
 
     max_absolute_error: _Ratio | None = None
     mean_absolute_error: _Ratio | None = None
     max_relative_l2: _Ratio | None = None
-    min_cosine: Annotated[_Float, Field(ge=-1.0, le=1.0)] | None = None
+    max_row_relative_l2: _Ratio | None = None
+    min_cosine: _Cosine | None = None
+    min_worst_cosine: _Cosine | None = None
+    max_lookup_relative_l2: _Ratio | None = None
+    max_vanished_rows: Annotated[StrictInt, Field(ge=0)] | None = None
+    max_outlier_rows: Annotated[StrictInt, Field(ge=0)] | None = None
+
+    # The figure of `TableAccuracy` that a key limits, where it has another name.
+    FIGURES: ClassVar[Mapping[str, str]] = {
+        "max_relative_l2": "relative_l2",
+        "max_row_relative_l2": "row_relative_l2",
+        "min_cosine": "mean_cosine",
+        "min_worst_cosine": "worst_cosine",
+        "max_lookup_relative_l2": "lookup_relative_l2",
+        "max_vanished_rows": "vanished_rows",
+        "max_outlier_rows": "outlier_rows",
+    }
+
+
+class AutoConfig(_Section):
+    """What `auto` has to keep to: figures of every table that is left to it, or the bytes of the whole artifact, or both.
+
+    `precisions` are those to choose from.
+    """
+
+    max_relative_l2: _Ratio | None = None
+    min_cosine: _Cosine | None = None
+    max_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
+    precisions: Annotated[list[_StoredPrecision], Field(min_length=1), AfterValidator(_unique)] = list(STORED)
+
+    @property
+    def budget(self) -> Budget:
+        """The figures, as a budget.
+
+        The relative error is that of the table and that of its rows: a few rows that are much longer than the others hide
+        in the first what these lose.
+        """
+        return Budget(
+            max_relative_l2=self.max_relative_l2, max_row_relative_l2=self.max_relative_l2, min_cosine=self.min_cosine
+        )
+
+    @model_validator(mode="after")
+    def _has_a_limit(self) -> Self:
+        if (self.max_relative_l2, self.min_cosine, self.max_bytes) == (None, None, None):
+            raise PydanticCustomError(_OURS, "a limit is required: max_relative_l2, min_cosine or max_bytes")
+        return self
+
+
+class ServingConfig(_Section):
+    """What to write."""
+
+    precision: Precision = Precision.FP16
+    auto: AutoConfig | None = None
+    graphs: Annotated[list[_BuiltGraph], Field(min_length=1), AfterValidator(_unique)] = [GraphKind.TORCHSCRIPT]
+    targets: Annotated[list[_BuiltTarget], Field(min_length=1), AfterValidator(_unique)] = [Target.CPU]
 
 
 DEFAULT_BUDGETS: Mapping[Precision, Budget] = {
@@ -353,6 +436,12 @@ DEFAULT_BUDGETS: Mapping[Precision, Budget] = {
     # One rounding to fp16 costs at most 2**-11 of a normal value (6.1e-5 and up): a table beyond twice that is mostly
     # subnormal, where fp16 has few bits left.
     Precision.FP16: Budget(max_relative_l2=2**-10, min_cosine=0.999),
+    # A code is off by at most half a step, on average (uniformly distributed) by step / sqrt(12): of normally distributed
+    # rows of 64 values, which span 4.7 standard deviations, 0.5 %, 9 % and 45 % of the norm. These leave room for rows
+    # that span more.
+    Precision.INT8: Budget(max_relative_l2=0.02, min_cosine=0.999),
+    Precision.INT4: Budget(max_relative_l2=0.25, min_cosine=0.97),
+    Precision.INT2: Budget(max_relative_l2=0.75, min_cosine=0.75),
 }
 
 
@@ -361,12 +450,8 @@ class ParityConfig(_Section):
 
     seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = 0
     batches: _Count = 8
-    budgets: dict[_BuiltPrecision, Budget] = {}
+    budgets: dict[_StoredPrecision, Budget] = {}
     table_budgets: dict[str, Budget] = {}
-
-    def budget(self, table: str, precision: Precision) -> Budget:
-        """The budget of a table: its own, else its precision's, else the default of that precision."""
-        return self.table_budgets.get(table) or self.budgets.get(precision) or DEFAULT_BUDGETS[precision]
 
 
 class ReleaseConfig(_Section):
@@ -390,9 +475,57 @@ class ReleaseConfig(_Section):
                 raise _error_at(message, "parity", "table_budgets", name)
         return self
 
+    @model_validator(mode="after")
+    def _rows_can_be_stored(self) -> Self:
+        if self.serving.auto and Precision.AUTO not in map(self.serving_precision, self.large_embeddings.tables):
+            raise _error_at(
+                "no table is left to 'auto'; remove the key, or say serving_precision: auto", "serving", "auto"
+            )
+        for number, table in enumerate(self.large_embeddings.tables):
+            at = ("large_embeddings", "tables", number, "serving_precision")
+            precision = self.serving_precision(table)
+            if precision is Precision.AUTO:
+                if self.serving.auto is None:
+                    raise _error_at(
+                        f"table '{table.name}': 'auto' needs something to keep to; add serving.auto with max_relative_l2, "
+                        "min_cosine or max_bytes",
+                        *(at if table.serving_precision else ("serving", "precision")),
+                    )
+                if not self.candidates(table):
+                    names = ", ".join(self.serving.auto.precisions)
+                    raise _error_at(
+                        f"table '{table.name}': no rows of {table.embedding_dim} values in {names}", *at[:3]
+                    )
+                continue
+            divisor = dim_divisor(precision)
+            if table.embedding_dim % divisor:
+                raise _error_at(
+                    f"table '{table.name}': {precision} needs an embedding_dim that is a multiple of {divisor} (FBGEMM's "
+                    f"rows are whole 16-bit units), got {table.embedding_dim}; choose another precision for this table",
+                    *at,
+                )
+        return self
+
     def serving_precision(self, table: EmbeddingBagConfig) -> Precision:
-        """The precision that the table is stored in."""
+        """The precision that the table is stored in, or `auto`."""
         return table.serving_precision or self.serving.precision
+
+    def candidates(self, table: EmbeddingBagConfig) -> list[Precision]:
+        """The precisions that a table left to `auto` may get, widest first."""
+        offered = self.serving.auto.precisions if self.serving.auto else STORED
+        return [value for value in STORED if value in offered and table.embedding_dim % dim_divisor(value) == 0]
+
+    def budgets(self, table: EmbeddingBagConfig, precision: Precision) -> list[Budget]:
+        """What the table has to keep to in a precision: its own budget, else the precision's, else the default one.
+
+        A table left to `auto` keeps to the figures of `serving.auto` instead of the default, and to both where there are
+        both.
+        """
+        own = self.parity.table_budgets.get(table.name) or self.parity.budgets.get(precision)
+        auto = self.serving.auto.budget if self.serving.auto else Budget()
+        if self.serving_precision(table) is not Precision.AUTO or auto == Budget():
+            return [own or DEFAULT_BUDGETS[precision]]
+        return [own, auto] if own else [auto]
 
 
 # --- Reading -------------------------------------------------------------------------------------------------------
@@ -512,9 +645,11 @@ def _with_absolute_paths(config: ReleaseConfig, path: Path) -> ReleaseConfig:
             uri = absolute(table.pretrained.embedding_snapshot_uri, key)
             pretrained = table.pretrained.model_copy(update={"embedding_snapshot_uri": uri})
             table = table.model_copy(update={"pretrained": pretrained})
-        if table.vocab is not None:
-            uri = absolute(table.vocab.uri, f"large_embeddings.tables[{number}].vocab.uri")
-            table = table.model_copy(update={"vocab": table.vocab.model_copy(update={"uri": uri})})
+        for key in ("vocab", "access_counts"):
+            section = getattr(table, key)
+            if section is not None:
+                uri = absolute(section.uri, f"large_embeddings.tables[{number}].{key}.uri")
+                table = table.model_copy(update={key: section.model_copy(update={"uri": uri})})
         tables.append(table)
     return config.model_copy(
         update={

@@ -4,7 +4,19 @@ They exist so that a caller can tell a refused input from a failed gate, and so 
 an `ExportError` is one clear line, anything else is a defect and keeps its traceback.
 """
 
-__all__ = ["ConfigError", "ExportError", "GateError", "PublishError", "RowsError", "SnapshotError", "VocabularyError"]
+__all__ = [
+    "AccessCountsError",
+    "ColumnsError",
+    "ConfigError",
+    "ExportError",
+    "GateError",
+    "PeerError",
+    "PublishError",
+    "RowsError",
+    "SnapshotChangedError",
+    "SnapshotError",
+    "VocabularyError",
+]
 
 
 class ExportError(Exception):
@@ -25,8 +37,16 @@ class RowsError(ExportError):
     """A table holds values that the chosen serving precision cannot store."""
 
 
-class VocabularyError(ExportError):
+class ColumnsError(ExportError):
+    """Parquet files that a table names are unreadable, or hold what their columns must not."""
+
+
+class VocabularyError(ColumnsError):
     """A vocabulary is unreadable, contradicts itself, or does not fit its table."""
+
+
+class AccessCountsError(ColumnsError):
+    """Access counts are unreadable, or do not fit their table."""
 
 
 class PublishError(ExportError):

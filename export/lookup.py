@@ -56,6 +56,9 @@ class _PlainOpLookup(torch.nn.Module):
         for slot in slots:
             precision = slot.table.serving_precision
             largest[precision] = max(largest[precision], slot.table.embedding_dim)
+        self.max_dim_int2 = largest["int2"]
+        self.max_dim_int4 = largest["int4"]
+        self.max_dim_int8 = largest["int8"]
         self.max_dim_fp16 = largest["fp16"]
         self.max_dim_fp32 = largest["fp32"]
         self.any_mean = any(slot.mean for slot in slots)
@@ -95,9 +98,9 @@ class _PlainOpLookup(torch.nn.Module):
             self.weights_types,
             self.dim_offsets,
             self.total_dim,
-            0,
-            0,
-            0,
+            self.max_dim_int2,
+            self.max_dim_int4,
+            self.max_dim_int8,
             self.max_dim_fp16,
             self.max_dim_fp32,
             indices,

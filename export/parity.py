@@ -17,10 +17,11 @@ import torch
 from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantizedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from export.accuracy import ProbeRows
+from export.accuracy import ProbeRows, dequantize
 from export.config import DataType, EmbeddingBagConfig, LargeEmbeddingsConfig, Precision
 from export.errors import GateError
 from export.large_embeddings import LargeEmbeddings, torchrec_tables
+from export.quantize import SCALE_BIAS_BYTES, levels, quantized
 from runtime_py import Artifact, InvalidInputError, load_artifact
 from runtime_py.inputs import Request
 from runtime_py.manifest import ParitySummary
@@ -28,6 +29,7 @@ from runtime_py.manifest import ParitySummary
 __all__ = ["Case", "References", "Slot", "check_parity", "make_cases", "make_slots", "probe_ids"]
 
 _INT64 = np.iinfo(np.int64)
+_GRAPH = "torchscript for cpu"  # what the loader runs where nothing else is asked for
 
 
 @dataclass(frozen=True)
@@ -141,12 +143,16 @@ class References:
             tables,
             config.weighted,
             torch.device("cpu"),
-            table_name_to_quantized_weights={name: (rows.view(torch.uint8), None) for name, rows in stored.items()},
+            table_name_to_quantized_weights={
+                name: _as_torchrec_has_them(rows, precisions[name]) for name, rows in stored.items()
+            },
         )
-        self.magnitudes = {name: rows.double().abs().numpy() for name, rows in self.trained.items()}
-        self.error_bounds = {
-            name: _conversion_error(magnitudes, precisions[name]) for name, magnitudes in self.magnitudes.items()
-        }
+        # What a row adds to a sum: a value, or a code times the scale, and the bias.
+        self.terms = {name: 2 if quantized(precisions[name]) else 1 for name in self.trained}
+        self.magnitudes, self.error_bounds = {}, {}
+        for name, rows in self.trained.items():
+            measured = _bound_rows(rows, stored[name], precisions[name])
+            self.magnitudes[name], self.error_bounds[name] = measured
 
     def _eager_model(self, config: LargeEmbeddingsConfig, weighted: bool) -> LargeEmbeddings:
         """The weighted or the other tables; eager torch takes no weights where any table of a collection pools by mean."""
@@ -197,13 +203,34 @@ class References:
         return {key: values for part in pooled for key, values in part.items()}
 
 
-def _conversion_error(magnitudes: np.ndarray, precision: Precision) -> np.ndarray:
-    """The largest error that storing values of these magnitudes may make, float64 [n, D].
+def _as_torchrec_has_them(stored: torch.Tensor, precision: Precision) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Stored rows as torchrec's module takes them: values or codes, and scale and bias apart."""
+    if quantized(precision):
+        return stored[:, SCALE_BIAS_BYTES:], stored[:, :SCALE_BIAS_BYTES]
+    return stored.view(torch.uint8), None
 
-    fp16 rounds to nearest: half a unit in the last of 11 bits, 2**-11 |x|, and half of 2**-24 below the normal range
-    (IEEE 754 binary16). fp32 stores what it gets.
+
+def _bound_rows(trained: torch.Tensor, stored: torch.Tensor, precision: Precision) -> tuple[np.ndarray, np.ndarray]:
+    """The magnitudes of what a lookup adds up, and the largest error that storing may make, each float64 [n, D].
+
+    fp32 stores what it gets. fp16 rounds to nearest: half a unit in the last of 11 bits, 2**-11 |x|, and half of 2**-24
+    below the normal range (IEEE 754 binary16). A quantized row stands for a grid from bias to bias + levels * scale, steps of
+    scale apart: a value is off by half a step, by what the float32 arithmetic of the codes may shift that (each of three
+    operations by a relative 2**-24, of at most `levels` steps), and by how far it is outside of the grid, whose ends
+    were rounded to fp16. Its lookup adds code * scale and bias, which may be larger than their sum.
     """
-    return np.zeros_like(magnitudes) if precision is Precision.FP32 else np.maximum(magnitudes * 2.0**-11, 2.0**-25)
+    magnitudes = trained.double().abs().numpy()
+    if precision is Precision.FP32:
+        return magnitudes, np.zeros_like(magnitudes)
+    if precision is Precision.FP16:
+        return magnitudes, np.maximum(magnitudes * 2.0**-11, 2.0**-25)
+    x, y = trained.double().numpy(), dequantize(stored, trained.shape[1], precision).double().numpy()
+    scale, bias = stored[:, :SCALE_BIAS_BYTES].contiguous().view(torch.float16).double().numpy().T[:, :, None]
+    top = levels(precision)
+    ends = np.stack([bias, bias + top * scale])
+    outside = np.maximum(np.maximum(ends.min(0) - x, x - ends.max(0)), 0.0)
+    error = np.abs(scale) * (0.5 + 4 * top * 2.0**-24) + outside + 2.0**-24 * np.abs(y)
+    return np.maximum(magnitudes, np.abs(y - bias) + np.abs(bias)), error
 
 
 # --- Checks --------------------------------------------------------------------------------------------------------
@@ -230,7 +257,7 @@ def check_parity(
     results = []
     for number, case in enumerate(cases):
         request = case.request(references.slots, seed + number)
-        results.append(_check_case(strict, lenient, references, case, request))
+        results.append({"graph": _GRAPH, **_check_case(strict, lenient, references, case, request)})
     summary = ParitySummary(
         seed=seed,
         cases=len(cases),
@@ -344,9 +371,9 @@ def _check_equal(case: Case, slot: Slot, got: torch.Tensor, expected: torch.Tens
 def _bound(references: References, slot: Slot, features: KeyedJaggedTensor, rows: list[np.ndarray]) -> np.ndarray:
     """The largest distance that rounding alone explains, float64 [B, D], for one slot.
 
-    Storing a row is off by at most `_conversion_error`. A float32 sum of L products, in any order, fused or not, is off
+    Storing a row is off by at most what `_bound_rows` says. A float32 sum of L products, in any order, fused or not, is off
     by at most gamma(L) * sum |w x|, gamma(k) = k u / (1 - k u), u = 2**-24 (Higham, Accuracy and Stability of Numerical
-    Algorithms, section 3.1); mean pooling adds two roundings. Both sides sum, hence twice.
+    Algorithms, section 3.1); a quantized row adds two products, and mean pooling two roundings. Both sides sum, hence twice.
     """
     table = slot.table.name
     weights = np.ones(sum(len(bag) for bag in rows))
@@ -359,7 +386,7 @@ def _bound(references: References, slot: Slot, features: KeyedJaggedTensor, rows
         scale = weights[start : start + len(ids), None]
         start += len(ids)
         conversion = (scale * errors[ids]).sum(0)
-        k = (len(ids) + 3) * 2.0**-24
+        k = (references.terms[table] * (len(ids) + 1) + 2) * 2.0**-24
         summation = 2 * k / (1 - k) * ((scale * magnitudes[ids]).sum(0) + conversion)
         mean = len(ids) if slot.table.pooling == "mean" and len(ids) else 1
         bound[bag] = (conversion + summation) / mean

@@ -28,7 +28,7 @@ from runtime_py.operators import load_operators
 from runtime_py.tensor_file import encode_header
 from runtime_py.vocabulary import LIBRARY, Vocabulary, VocabularyFile
 
-__all__ = ["VocabularyFigures", "WrittenVocabulary", "vocabulary_path", "write_vocabulary"]
+__all__ = ["VocabularyFigures", "WrittenVocabulary", "vocabulary_bytes", "vocabulary_path", "write_vocabulary"]
 
 _CHUNK_ROWS = 1 << 16
 _SLOTS_PER_ENTITY = 2
@@ -71,6 +71,15 @@ def vocabulary_path(table: str) -> str:
             f"expected at most {_NAME_BYTES}; rename the table"
         )
     return f"vocab/{name}"
+
+
+def vocabulary_bytes(table: EmbeddingBagConfig, vocab: VocabularyConfig) -> int:
+    """What the file of a table's vocabulary will take; raises VocabularyError where its parquet files cannot be read."""
+    entities = Entities(table.name, table.num_embeddings, vocab).count()
+    draft = StoredVocabulary(
+        table.name, vocabulary_path(table.name), entities, _SLOTS_PER_ENTITY * entities, Digest(ROWS, "")
+    )
+    return len(encode_header([draft])) + draft.bytes
 
 
 def write_vocabulary(

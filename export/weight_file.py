@@ -8,23 +8,23 @@ thread, whatever the table.
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 
-from export.accuracy import ErrorSums, Examiner, ProbeRows
+from export.accuracy import ErrorSums, Examiner, ProbeRows, block_rows
 from export.config import Precision
 from export.journal import PieceResult
-from export.quantize import STORED_TYPES, convert_rows, describe_unstorable, storable
+from export.quantize import convert_rows, describe_unstorable, new_rows, row_format, serving_precision, storable
 from export.snapshots import TableRows, identify
 from runtime_py.digests import ROWS, TABLES, Digest, chunk_groups, chunk_rows, combine
-from runtime_py.manifest import ROW_FORMATS, Table, TableAccuracy, row_bytes
+from runtime_py.manifest import ServingPrecision, Table
 from runtime_py.parallel import map_ordered
 from runtime_py.tensor_file import encode_header, layout_tables, tensor_bytes
 
@@ -33,12 +33,16 @@ __all__ = ["Piece", "PlannedTable", "WeightPlan", "WrittenWeights", "assemble", 
 
 @dataclass(frozen=True)
 class PlannedTable:
-    """A table to write: where its rows come from, how they are stored, and which rows the parity gate wants (`probe_ids`)."""
+    """A table to write: where its rows come from, how they are stored, and which rows the gates want (`probe_ids`).
+
+    Rows in which one value leaves the others a relative L2 error beyond `outlier_limit` are counted and named.
+    """
 
     name: str
     rows: TableRows
     precision: Precision
     probe_ids: np.ndarray  # int64, ascending
+    outlier_limit: float = math.inf
 
     @property
     def num_embeddings(self) -> int:  # noqa: D102
@@ -49,20 +53,20 @@ class PlannedTable:
         return self.rows.embedding_dim
 
     @property
-    def serving_precision(self) -> Literal["fp32", "fp16"]:  # noqa: D102
-        return "fp32" if self.precision is Precision.FP32 else "fp16"
+    def serving_precision(self) -> ServingPrecision:  # noqa: D102
+        return serving_precision(self.precision)
 
     @property
     def dtype(self) -> str:  # noqa: D102
-        return ROW_FORMATS[self.serving_precision].safetensors_dtype
+        return str(row_format(self.precision).safetensors_dtype)
 
     @property
     def shape(self) -> tuple[int, int]:  # noqa: D102
-        return self.num_embeddings, self.embedding_dim
+        return self.num_embeddings, row_format(self.precision).columns(self.embedding_dim)
 
     @property
     def row_bytes(self) -> int:  # noqa: D102
-        return row_bytes(self.precision, self.embedding_dim)
+        return int(row_format(self.precision).row_bytes(self.embedding_dim))
 
     @property
     def bytes(self) -> int:
@@ -77,6 +81,7 @@ class Piece:
     table: PlannedTable
     position: int
     starts: range
+    sample: int
 
     @property
     def key(self) -> str:
@@ -95,16 +100,20 @@ class Piece:
 
 
 class WeightPlan:
-    """A weight file to write: its header, its tables in configuration order, and the pieces in file order."""
+    """A weight file to write: its header, its tables in configuration order, and the pieces in file order.
 
-    def __init__(self, tables: Sequence[PlannedTable]) -> None:
-        self.tables = list(tables)
+    Every `sample`th chunk is measured, the first one always; all of them are compared with what they must be.
+    """
+
+    def __init__(self, tables: Sequence[PlannedTable], sample: int = 1, snapshots: Sequence[Digest] = ()) -> None:
+        self.tables, self._snapshots = list(tables), [str(digest) for digest in snapshots]
+        self.sample = sample
         self.header = encode_header(tables)
         self.offsets = layout_tables(tables)
         self.data_bytes = sum(table.bytes for table in tables)
         by_name = {table.name: table for table in tables}
         self.pieces = [
-            Piece(table, len(self.header) + offset, starts)
+            Piece(table, len(self.header) + offset, starts, sample)
             for table, offset in ((by_name[name], offset) for name, offset in self.offsets.items())
             for starts in chunk_groups(table.num_embeddings, table.row_bytes)
         ]
@@ -128,19 +137,20 @@ class WeightPlan:
                 table.name,
                 table.serving_precision,
                 table.rows.describe(),
+                table.outlier_limit,
                 hashlib.sha256(table.probe_ids.tobytes()).hexdigest(),
             ]
             for table in self.tables
         ]
         files = identify(location for table in self.tables for location in table.rows.locations)
         versions = [importlib.metadata.version("large-embeddings-export"), torch.__version__, np.__version__]
-        text = json.dumps([self.header.hex(), tables, files, versions])
+        text = json.dumps([self.header.hex(), self.sample, self._snapshots, tables, files, versions])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class WrittenWeights:
-    """The finished file: tables with their digests, figures and probes, in configuration order, and its own digest.
+    """The finished file: tables with their digests, error sums and probes, in configuration order, and its own digest.
 
     `stage_seconds` are summed over all threads and processes, and builds, where one has gone on with another.
     """
@@ -149,7 +159,8 @@ class WrittenWeights:
     offset_bytes: int
     data_bytes: int
     digest: Digest
-    accuracies: list[TableAccuracy]
+    bytes_before: dict[str, int]
+    sums: dict[str, ErrorSums]
     probes: dict[str, ProbeRows]
     stage_seconds: dict[str, float]
 
@@ -177,7 +188,8 @@ def write_pieces(
         path: the file, as `create_weight_file` made it.
         pieces: what to write.
         workers: how many pieces are in work at a time, a thread each.
-        finished: what an interrupted build says it has done, by key; believed where the file's bytes have its digests.
+        finished: what an interrupted build says it has done, by key; believed where the file's bytes have its digests, and
+            the first chunk of the snapshot's rows still has.
 
     Yields:
         each piece with its result, in the order of `pieces`; the very one of `finished` where that was right.
@@ -195,7 +207,7 @@ def write_pieces(
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # a signal may end the build before the last piece
         try:
             earlier = finished.get(piece.key)
-            return earlier if earlier and _digest_piece(fd, piece) == earlier.digests else _write_piece(fd, piece)
+            return earlier if earlier and _is_right(fd, piece, earlier) else _write_piece(fd, piece)
         finally:
             os.close(fd)
 
@@ -238,28 +250,18 @@ def assemble(plan: WeightPlan, results: Mapping[str, PieceResult]) -> WrittenWei
         offset_bytes=len(plan.header),
         data_bytes=plan.data_bytes,
         digest=combine(TABLES, order),
-        accuracies=[_add_up(table, parts[table.name]) for table in plan.tables],
+        bytes_before={table.name: table.rows.bytes for table in plan.tables},
+        sums={table.name: _add_up(parts[table.name]) for table in plan.tables},
         probes={table.name: _join_probes(table, parts[table.name]) for table in plan.tables},
         stage_seconds={stage: round(seconds, 3) for stage, seconds in stages.items()},
     )
 
 
-def _add_up(table: PlannedTable, results: Sequence[PieceResult]) -> TableAccuracy:
+def _add_up(results: Sequence[PieceResult]) -> ErrorSums:
     total = ErrorSums()
     for result in results:
         total.merge(result.sums)
-    relative_l2, cosine = total.relative_l2(), total.cosine()
-    return TableAccuracy(
-        table=table.name,
-        serving_precision=table.serving_precision,
-        rows=table.num_embeddings,
-        bytes_before=table.rows.bytes,
-        bytes_after=table.bytes,
-        max_absolute_error=total.largest,
-        mean_absolute_error=total.absolute / (table.num_embeddings * table.embedding_dim),
-        relative_l2=relative_l2,
-        cosine=cosine,
-    )
+    return total
 
 
 def _join_probes(table: PlannedTable, results: Sequence[PieceResult]) -> ProbeRows:
@@ -294,21 +296,25 @@ def _write_piece(fd: int, piece: Piece) -> PieceResult:
     table = piece.table
     ids = table.probe_ids[slice(*np.searchsorted(table.probe_ids, [piece.starts.start, piece.end]))]
     picked_trained = torch.empty(len(ids), table.embedding_dim)
-    picked_stored = torch.empty(len(ids), table.embedding_dim, dtype=STORED_TYPES[table.precision])
-    buffer = torch.empty(min(piece.starts.step, table.num_embeddings), table.embedding_dim, dtype=picked_stored.dtype)
-    examiner = Examiner(table.name, table.precision)
+    picked_stored = new_rows(len(ids), table.embedding_dim, table.precision)
+    buffer = new_rows(min(piece.starts.step, table.num_embeddings), table.embedding_dim, table.precision)
+    examiner = Examiner(table.name, table.precision, table.outlier_limit)
+    block = block_rows(table.embedding_dim)
     digests = []
     watch = _Stopwatch()
     for start, trained in table.rows.chunks(piece.starts):
         watch.lap("read")
-        if not storable(trained, table.precision):
-            raise _UnstorableError(table)
-        watch.lap("check")
         stored = buffer[: len(trained)]
-        convert_rows(trained, stored)
-        watch.lap("convert")
-        examiner.examine(start, trained, stored)
-        watch.lap("examine")
+        measure = start // piece.starts.step % piece.sample == 0
+        for first in range(0, len(trained), block):  # what fits into the cache
+            few, few_stored = trained[first : first + block], stored[first : first + block]
+            if not storable(few, table.precision):
+                raise _UnstorableError(table)
+            watch.lap("check")
+            convert_rows(few, few_stored, table.precision)
+            watch.lap("convert")
+            examiner.examine(start + first, few, few_stored, measure=measure)
+            watch.lap("examine")
         data = tensor_bytes(stored)
         digests.append(hashlib.sha256(data).digest())
         watch.lap("digest")
@@ -322,6 +328,21 @@ def _write_piece(fd: int, piece: Piece) -> PieceResult:
     os.posix_fadvise(fd, piece.position + piece.starts.start * table.row_bytes, piece.bytes, os.POSIX_FADV_DONTNEED)
     watch.lap("flush")
     return PieceResult(b"".join(digests), examiner.sums, picked_trained, picked_stored, watch.seconds)
+
+
+def _is_right(fd: int, piece: Piece, earlier: PieceResult) -> bool:
+    """Whether the file has what an earlier build says, and the snapshot is still the one that it was made of.
+
+    The first chunk is made again: a snapshot that was written again may have the names, sizes and times of the one before.
+    """
+    _, trained = next(iter(piece.table.rows.chunks(piece.starts[:1])))
+    table = piece.table
+    stored = new_rows(len(trained), table.embedding_dim, table.precision)
+    if not storable(trained, table.precision):
+        return False
+    convert_rows(trained, stored, table.precision)
+    first = hashlib.sha256(tensor_bytes(stored)).digest()
+    return earlier.digests.startswith(first) and _digest_piece(fd, piece) == earlier.digests
 
 
 def _digest_piece(fd: int, piece: Piece) -> bytes:

@@ -33,7 +33,10 @@ __all__ = [
     "Manifest",
     "Output",
     "ParitySummary",
+    "PrecisionChoice",
     "Provenance",
+    "RowFormat",
+    "ServingPrecision",
     "SnapshotIdentity",
     "StoredVocabulary",
     "Table",
@@ -50,18 +53,41 @@ SLOT_BYTES = 16
 Json = dict[str, Any]
 
 
+ServingPrecision = Literal["fp32", "fp16", "int8", "int4", "int2"]
+
+
 @dataclass(frozen=True)
 class RowFormat:
-    """How one serving precision is stored: the safetensors dtype, and FBGEMM's number for it (`SparseType`)."""
+    """How one serving precision is stored: the safetensors dtype, and FBGEMM's number for it (`SparseType`).
+
+    A row is `scale_bias_bytes` (fp16 scale, fp16 bias, of a quantized row), then `bits` for each value.
+    """
 
     safetensors_dtype: str
     sparse_type: int
-    element_bytes: int
+    bits: int
+    scale_bias_bytes: int = 0
+
+    def row_bytes(self, embedding_dim: int) -> int:
+        """Bytes of one canonical row of `embedding_dim` values."""
+        return self.scale_bias_bytes + embedding_dim * self.bits // 8
+
+    def columns(self, embedding_dim: int) -> int:
+        """Columns of the safetensors tensor: one for each value, or one for each byte of a quantized row."""
+        return self.row_bytes(embedding_dim) if self.scale_bias_bytes else embedding_dim
+
+    @property
+    def dim_divisor(self) -> int:
+        """What `embedding_dim` must be a multiple of: FBGEMM's quantized rows are a whole number of 16-bit units."""
+        return 16 // self.bits if self.scale_bias_bytes else 1
 
 
-ROW_FORMATS = {
-    "fp32": RowFormat("F32", 0, 4),
-    "fp16": RowFormat("F16", 1, 2),
+ROW_FORMATS: dict[ServingPrecision, RowFormat] = {
+    "fp32": RowFormat("F32", 0, 32),
+    "fp16": RowFormat("F16", 1, 16),
+    "int8": RowFormat("U8", 2, 8, 4),
+    "int4": RowFormat("U8", 3, 4, 4),
+    "int2": RowFormat("U8", 4, 2, 4),
 }
 
 
@@ -72,7 +98,7 @@ class Table:
     name: str
     num_embeddings: int
     embedding_dim: int
-    serving_precision: Literal["fp32", "fp16"]
+    serving_precision: ServingPrecision
     row_bytes: int
     offset_bytes: int
     digest: Digest
@@ -85,7 +111,7 @@ class Table:
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the stored tensor."""
-        return self.num_embeddings, self.embedding_dim
+        return self.num_embeddings, ROW_FORMATS[self.serving_precision].columns(self.embedding_dim)
 
     @property
     def bytes(self) -> int:
@@ -173,21 +199,46 @@ class File:
 
 @dataclass(frozen=True)
 class TableAccuracy:
-    """How far a table's stored rows, dequantized, are from its trained rows, in float32, over all E * D values.
+    """How far a table's stored rows, dequantized, are from its trained rows, in float32.
 
-    relative_l2 = ||stored - trained|| / ||trained||, and cosine, treat the table as one vector; both are null where
-    the trained rows are all zero.
+    Over the E * D values of the rows that were measured: the largest and the mean absolute error, the root of the mean
+    squared error, and relative_l2 = ||stored - trained|| / ||trained|| with the table taken as one vector. Over rows that are
+    zero neither as trained nor as stored: row_relative_l2, the root mean square of each row's own relative L2 error; the
+    mean cosine between a row as stored and as trained, the worst one and its row. Over bags of rows, drawn as the table is
+    accessed where counts were given, else uniformly: relative L2 error and mean cosine of what pooling makes of them.
+    Figures are null where there is no such row. `vanished_rows` are zero as stored only, and in `outlier_rows` one value
+    flattens the others.
     """
 
     table: str
-    serving_precision: Literal["fp32", "fp16"]
+    serving_precision: ServingPrecision
     rows: int
+    rows_measured: int
     bytes_before: int
     bytes_after: int
+    bits_per_weight: float
     max_absolute_error: float
     mean_absolute_error: float
+    root_mean_square_error: float
     relative_l2: float | None
-    cosine: float | None
+    row_relative_l2: float | None
+    mean_cosine: float | None
+    worst_cosine: float | None
+    worst_cosine_row: int | None
+    constant_rows: int
+    vanished_rows: int
+    outlier_rows: int
+    lookup_relative_l2: float | None
+    lookup_mean_cosine: float | None
+
+
+@dataclass(frozen=True)
+class PrecisionChoice:
+    """Why a table whose `serving_precision` was left to the builder has the one that it has."""
+
+    table: str
+    serving_precision: ServingPrecision
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -241,6 +292,7 @@ class Manifest:
     graphs: list[Graph]
     files: list[File]
     accuracy: list[TableAccuracy]
+    choices: list[PrecisionChoice]
     parity: ParitySummary
     provenance: Provenance
     manifest_digest: Digest
@@ -298,11 +350,6 @@ def compute_artifact_id(manifest: Manifest) -> str:
     }
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def row_bytes(precision: str, embedding_dim: int) -> int:
-    """Bytes of one canonical row."""
-    return ROW_FORMATS[precision].element_bytes * embedding_dim
 
 
 # --- Reading -------------------------------------------------------------------------------------------------------
@@ -460,6 +507,7 @@ def _check_consistency(manifest: Manifest) -> None:
     listed = [figures.table for figures in manifest.accuracy]
     if listed != [table.name for table in manifest.tables]:
         raise ManifestError(f"accuracy: expected one entry a table, in their order, got {listed}")
+    _check_choices(manifest)
     _check_vocabularies(manifest)
     for snapshot in manifest.provenance.snapshots:
         _check_hex(f"snapshot '{snapshot.uri}'", snapshot.digest)
@@ -491,7 +539,13 @@ def _check_consistency(manifest: Manifest) -> None:
 def _check_table(table: Table) -> None:
     if table.num_embeddings < 1 or table.embedding_dim < 1:
         raise ManifestError(f"table '{table.name}': shape [{table.num_embeddings}, {table.embedding_dim}] is empty")
-    expected = row_bytes(table.serving_precision, table.embedding_dim)
+    row_format = ROW_FORMATS[table.serving_precision]
+    if table.embedding_dim % row_format.dim_divisor:
+        raise ManifestError(
+            f"table '{table.name}': embedding_dim is {table.embedding_dim}, {table.serving_precision} rows need a "
+            f"multiple of {row_format.dim_divisor}"
+        )
+    expected = row_format.row_bytes(table.embedding_dim)
     if table.row_bytes != expected:
         raise ManifestError(
             f"table '{table.name}': row_bytes is {table.row_bytes}, expected {expected} "
@@ -500,6 +554,19 @@ def _check_table(table: Table) -> None:
     if table.digest.algorithm != ROWS:
         raise ManifestError(f"table '{table.name}': digest algorithm '{table.digest.algorithm}', expected '{ROWS}'")
     _check_hex(f"table '{table.name}'", table.digest)
+
+
+def _check_choices(manifest: Manifest) -> None:
+    chosen = [choice.table for choice in manifest.choices]
+    _check_unique("choices", chosen)
+    if chosen != [table.name for table in manifest.tables if table.name in chosen]:
+        raise ManifestError(f"choices: expected tables of the manifest, in their order, got {chosen}")
+    said = [(figures.table, figures.serving_precision) for figures in manifest.accuracy]
+    said += [(choice.table, choice.serving_precision) for choice in manifest.choices]
+    for name, precision in said:
+        stored = manifest.table[name].serving_precision
+        if precision != stored:
+            raise ManifestError(f"table '{name}': is stored as {stored}, and elsewhere said to be {precision}")
 
 
 def _check_vocabularies(manifest: Manifest) -> None:

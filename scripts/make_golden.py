@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Writes artifacts/golden/format-1, the tiny artifact that every later reader must load. Run once a format version.
 
-Its rows are multiples of 1/4, exact in fp16, so that a test can say by hand what a lookup gives:
-value(table, row, column) = (100 * table + 10 * row + column) / 4. The table `user` has a vocabulary with one hole.
+Its rows are multiples of 1/4, exact in fp16, int8 and int4, so that a test can say by hand what a lookup gives:
+value(table, row, column) = (100 * table + 10 * row + column) / 4. In int2 three steps span a row. The table `user` has a
+vocabulary with one hole.
 """
 
 import argparse
@@ -22,6 +23,9 @@ TABLES = [
     {"name": "item", "num_embeddings": 3, "embedding_dim": 2, "data_type": "fp32", "serving_precision": "fp32"},
     {"name": "tag", "num_embeddings": 4, "embedding_dim": 3, "data_type": "fp32", "pooling": "mean"},
     {"name": "seen", "num_embeddings": 4, "embedding_dim": 8, "data_type": "fp32", "weighted": True},
+    {"name": "place", "num_embeddings": 2, "embedding_dim": 256, "data_type": "fp32", "serving_precision": "int8"},
+    {"name": "color", "num_embeddings": 3, "embedding_dim": 16, "data_type": "fp32", "serving_precision": "int4"},
+    {"name": "shape", "num_embeddings": 2, "embedding_dim": 8, "data_type": "fp32", "serving_precision": "int2"},
 ]
 USERS = {"entity_id": [2**63 - 1, -(2**63), 1000, 0], "index": [4, 3, 1, 0]}
 GOLDEN = Path(__file__).parents[1] / "artifacts" / "golden" / "format-1"

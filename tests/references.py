@@ -4,10 +4,47 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+BITS = {"int8": 8, "int4": 4, "int2": 2}
+
 
 def stored_rows(trained: np.ndarray, precision: str) -> np.ndarray:
-    """Canonical rows [E, D] of trained rows [E, D]."""
+    """Canonical rows [E, D], or [E, R] of bytes where they are quantized, of trained rows [E, D]."""
+    if precision in BITS:
+        rows = [quantized_row(row.astype(np.float32), BITS[precision]) for row in trained]
+        return np.array([list(row) for row in rows], np.uint8)
     return trained.astype({"fp32": np.float32, "fp16": np.float16}[precision])
+
+
+def quantized_row(row: np.ndarray, bits: int) -> bytes:
+    """fp16 scale, fp16 bias, and the codes of a float32 row, the first in the lowest bits of the first byte."""
+    top = 2**bits - 1
+    low, high = min(row), max(row)
+    bias = np.float16(low)
+    spread = np.float32(high - np.float32(bias))
+    scale = np.float16(1.0) if spread == 0 else np.float16(spread / np.float32(top))
+    if scale == 0:
+        scale = np.float16(1.0)
+    inverse = np.float32(1.0) / np.float32(scale)
+    packed = [0] * (len(row) * bits // 8)
+    for column, value in enumerate(row):
+        position = np.float32(np.float32(value - np.float32(bias)) * inverse)
+        code = min(max(round(float(position)), 0), top)  # Python rounds ties to even, too
+        packed[column * bits // 8] |= code << (column * bits % 8)
+    return scale.tobytes() + bias.tobytes() + bytes(packed)
+
+
+def dequantized_rows(stored: np.ndarray, precision: str, dim: int) -> np.ndarray:
+    """What stored rows mean, float32 [E, D]."""
+    if precision not in BITS:
+        return stored.astype(np.float32)
+    bits = BITS[precision]
+    values = np.zeros((len(stored), dim), np.float32)
+    for number, row in enumerate(stored):
+        scale, bias = np.frombuffer(row[:4].tobytes(), np.float16).astype(np.float64)
+        for column in range(dim):
+            code = row[4 + column * bits // 8] >> (column * bits % 8) & (2**bits - 1)
+            values[number, column] = np.float32(float(code) * scale + bias)  # the product is exact
+    return values
 
 
 def hash_entity(entity: int) -> int:

@@ -35,13 +35,14 @@ def test_build_verify_and_inspect_from_end_to_end(release):
         "graphs",
         "digests",
         "parity",
+        "report",
         "publish",
     ]
     assert os.listdir(out) == ["artifact"]
 
     done = run_export("verify", out / "artifact")
     assert done.returncode == 0
-    assert "intact: 5 files" in done.stdout
+    assert "intact: 8 files" in done.stdout
     done = run_export("inspect", out / "artifact")
     assert done.returncode == 0
     assert "300" in done.stdout
@@ -219,6 +220,18 @@ def test_a_stopped_build_cleans_up_and_says_so(large_release, tmp_path, number):
     assert build.returncode == 128 + number
     assert "nothing was published" in rest
     assert "Traceback" not in rest
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("number", "seconds"), [(signal.SIGINT, 0.3), (signal.SIGTERM, 0.6), (signal.SIGINT, 1.2)])
+def test_a_signal_during_the_imports_is_one_line(large_release, tmp_path, number, seconds):
+    with start(large_release, tmp_path) as build:
+        time.sleep(seconds)
+        build.send_signal(number)
+        said = build.stderr.read()
+    assert build.returncode == 128 + number
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith(f"error: stopped by {number.name}")
     assert os.listdir(tmp_path) == []
 
 

@@ -287,22 +287,63 @@ def test_a_tables_budget_comes_before_its_precisions_and_that_before_the_default
           table_budgets:
             user: {min_cosine: 0.25}
         """
-    parity = load(tmp_path, release_with(textwrap.dedent(text))).parity
-    assert parity.budget("user", Precision.FP16) == Budget(min_cosine=0.25)
-    assert parity.budget("user", Precision.FP32) == Budget(min_cosine=0.25)
-    assert parity.budget("item", Precision.FP16) == Budget(max_relative_l2=0.5)
-    assert parity.budget("item", Precision.FP32) == DEFAULT_BUDGETS[Precision.FP32]
+    config = load(tmp_path, release_with(textwrap.dedent(text)))
+    [user] = config.large_embeddings.tables
+    item = user.model_copy(update={"name": "item"})
+    assert config.budgets(user, Precision.FP16) == [Budget(min_cosine=0.25)]
+    assert config.budgets(user, Precision.FP32) == [Budget(min_cosine=0.25)]
+    assert config.budgets(item, Precision.FP16) == [Budget(max_relative_l2=0.5)]
+    assert config.budgets(item, Precision.INT8) == [DEFAULT_BUDGETS[Precision.INT8]]
 
 
 def test_an_empty_budget_of_a_table_gates_nothing(tmp_path: Path) -> None:
     text = release_with("parity: {budgets: {fp16: {max_relative_l2: 0.5}}, table_budgets: {user: {}}}")
-    assert load(tmp_path, text).parity.budget("user", Precision.FP16) == Budget()
+    config = load(tmp_path, text)
+    assert config.budgets(config.large_embeddings.tables[0], Precision.FP16) == [Budget()]
 
 
 def test_the_default_budgets_allow_one_rounding_and_in_fp32_nothing() -> None:
-    parity = ParityConfig()
-    assert parity.budget("user", Precision.FP32) == Budget(max_absolute_error=0.0)
-    assert parity.budget("user", Precision.FP16) == Budget(max_relative_l2=2**-10, min_cosine=0.999)
+    assert DEFAULT_BUDGETS[Precision.FP32] == Budget(max_absolute_error=0.0)
+    assert DEFAULT_BUDGETS[Precision.FP16] == Budget(max_relative_l2=2**-10, min_cosine=0.999)
+
+
+def test_a_table_left_to_auto_keeps_to_its_figures_and_to_its_own_budget(tmp_path: Path) -> None:
+    text = (
+        replaced("data_type: fp32", "data_type: fp32\n      serving_precision: auto")
+        + "serving: {auto: {max_relative_l2: 0.1}}\n"
+    )
+    config = load(tmp_path, text)
+    [user] = config.large_embeddings.tables
+    assert config.serving_precision(user) is Precision.AUTO
+    assert config.budgets(user, Precision.INT4) == [Budget(max_relative_l2=0.1, max_row_relative_l2=0.1)]
+    config = load(tmp_path, text + "parity: {budgets: {int4: {min_cosine: 0.9}}}\n")
+    assert config.budgets(user, Precision.INT4) == [
+        Budget(min_cosine=0.9),
+        Budget(max_relative_l2=0.1, max_row_relative_l2=0.1),
+    ]
+    assert config.budgets(user, Precision.INT8) == [Budget(max_relative_l2=0.1, max_row_relative_l2=0.1)]
+    config = load(tmp_path, text.replace("max_relative_l2: 0.1", "max_bytes: 20 MB"))
+    assert config.serving.auto is not None
+    assert config.serving.auto.max_bytes == 20_000_000
+    assert config.budgets(user, Precision.INT4) == [DEFAULT_BUDGETS[Precision.INT4]]
+
+
+@pytest.mark.parametrize(
+    ("dim", "offered", "candidates"),
+    [
+        (64, "", ["fp32", "fp16", "int8", "int4", "int2"]),
+        (10, "", ["fp32", "fp16", "int8"]),
+        (4, "", ["fp32", "fp16", "int8", "int4"]),
+        (3, "", ["fp32", "fp16"]),
+        (8, ", precisions: [int2, fp16]", ["fp16", "int2"]),
+    ],
+)
+def test_auto_chooses_among_what_the_dimension_allows(
+    tmp_path: Path, dim: int, offered: str, candidates: list[str]
+) -> None:
+    text = replaced("embedding_dim: 4", f"embedding_dim: {dim}\n      serving_precision: auto")
+    config = load(tmp_path, text + f"serving: {{auto: {{min_cosine: 0.9{offered}}}}}\n")
+    assert config.candidates(config.large_embeddings.tables[0]) == candidates
 
 
 # --- Unknown keys --------------------------------------------------------------------------------------------------
@@ -573,10 +614,6 @@ def test_weights_with_mean_pooling_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line", "key", "value", "built"),
     [
-        (table_with("serving_precision: int8"), 7, f"{TABLE}.serving_precision", "int8", "fp32, fp16"),
-        (table_with("serving_precision: auto"), 7, f"{TABLE}.serving_precision", "auto", "fp32, fp16"),
-        (release_with("serving:\n  precision: int4"), 10, "serving.precision", "int4", "fp32, fp16"),
-        (release_with("serving:\n  precision: auto"), 10, "serving.precision", "auto", "fp32, fp16"),
         (
             release_with("serving:\n  graphs: [torchscript, aot_inductor]"),
             10,
@@ -595,6 +632,76 @@ def test_what_this_version_does_not_build_is_refused_with_what_it_does(
     assert refusal(tmp_path, text) == (
         f"release.yaml:{line}: {key}: '{value}' is not supported by this version, which has: {built}"
     )
+
+
+@pytest.mark.parametrize(
+    ("precision", "dim", "divisor"),
+    [("int8", 3, 2), ("int4", 2, 4), ("int4", 10, 4), ("int2", 4, 8), ("int2", 100, 8)],
+)
+def test_rows_that_would_not_fill_whole_16_bit_units_are_refused(
+    tmp_path: Path, precision: str, dim: int, divisor: int
+) -> None:
+    expected = (
+        f"table 'user': {precision} needs an embedding_dim that is a multiple of {divisor} (FBGEMM's rows are whole "
+        f"16-bit units), got {dim}; choose another precision for this table"
+    )
+    own = replaced("embedding_dim: 4", f"embedding_dim: {dim}\n      serving_precision: {precision}")
+    assert refusal(tmp_path, own).endswith(f": {TABLE}.serving_precision: {expected}")
+    for_all = replaced("embedding_dim: 4", f"embedding_dim: {dim}") + f"serving: {{precision: {precision}}}\n"
+    assert refusal(tmp_path, for_all).endswith(f": {TABLE}.serving_precision: {expected}")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int16", "INT8", "8"])
+def test_an_unknown_precision_is_refused_with_those_that_there_are(tmp_path: Path, precision: str) -> None:
+    message = refusal(tmp_path, table_with(f"serving_precision: '{precision}'"))
+    assert_matches(f"'fp32', 'fp16', 'int8', 'int4', 'int2' or 'auto', got '{precision}'", message)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "message"),
+    [
+        (
+            table_with("serving_precision: auto"),
+            f"{TABLE}.serving_precision",
+            "table 'user': 'auto' needs something to keep to; add serving.auto with max_relative_l2, min_cosine or max_bytes",
+        ),
+        (
+            release_with("serving: {precision: auto}"),
+            "serving.precision",
+            "table 'user': 'auto' needs something to keep to; add serving.auto with max_relative_l2, min_cosine or max_bytes",
+        ),
+        (
+            release_with("serving: {precision: auto, auto: {}}"),
+            "serving.auto",
+            "a limit is required: max_relative_l2, min_cosine or max_bytes",
+        ),
+        (
+            release_with("serving: {auto: {min_cosine: 0.9}}"),
+            "serving.auto",
+            "no table is left to 'auto'; remove the key, or say serving_precision: auto",
+        ),
+        (
+            release_with("serving: {precision: auto, auto: {min_cosine: 0.9, precisions: [int2]}}"),
+            TABLE,
+            "table 'user': no rows of 4 values in int2",
+        ),
+        (
+            release_with("serving: {precision: auto, auto: {min_cosine: 0.9, precisions: [auto]}}"),
+            "serving.auto.precisions[0]",
+            "'auto' is no type of rows; expected one of fp32, fp16, int8, int4, int2",
+        ),
+    ],
+    ids=label,
+)
+def test_auto_without_what_it_needs_is_refused(tmp_path: Path, text: str, key: str, message: str) -> None:
+    refused = refusal(tmp_path, text)
+    assert refused.endswith(f": {key}: {message}"), refused
+
+
+@pytest.mark.parametrize("size", ["'twenty'", "0", "-5", "'10 lightyears'"])
+def test_a_byte_budget_that_is_no_size_is_refused(tmp_path: Path, size: str) -> None:
+    message = refusal(tmp_path, release_with(f"serving: {{precision: auto, auto: {{max_bytes: {size}}}}}"))
+    assert ": serving.auto.max_bytes: " in message
 
 
 @pytest.mark.parametrize("mode", ["train", "evaluate"])

@@ -148,6 +148,7 @@ def write_weights(folder: Path, shapes: list[tuple[int, int, str]], seed: int) -
         graphs=[Graph("torchscript", "cpu", "graph", [], "", "")],
         files=[File(WEIGHTS, len(header) + len(data), whole)],
         accuracy=[],
+        choices=[],
         parity=ParitySummary(0, 0, "", 0.0, 0.0),
         provenance=Provenance([], {}, {}, ""),
         manifest_digest=Digest("", ""),

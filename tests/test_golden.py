@@ -18,8 +18,10 @@ GOLDEN = Path(__file__).parents[1] / "artifacts" / "golden"
 
 def test_format_1_has_the_identity_that_it_was_committed_with():
     manifest = verify_artifact(GOLDEN / "format-1")
-    assert manifest.artifact_id == "b4a6c862297728408e14c1d6467bce1346ccfd50c39145d289bc894f1a57682e"
-    assert [table.serving_precision for table in manifest.tables] == ["fp16", "fp32", "fp16", "fp16"]
+    assert manifest.artifact_id == "5ac66fc4a5e85d8affdec1b0fffc64256055dbff4456280970eb66f5e9e5dba0"
+    assert [table.serving_precision for table in manifest.tables] == [
+        *("fp16", "fp32", "fp16", "fp16", "int8", "int4", "int2"),
+    ]
 
 
 def test_format_1_answers_as_on_the_first_day():
@@ -30,6 +32,9 @@ def test_format_1_answers_as_on_the_first_day():
             "item": [[2], [1, 1]],
             "tag": [[0, 1, 3], [3]],
             "seen": Jagged([3, 0, 1], [1, 2], [2.0, 1.0, -0.5]),
+            "place": [[1], [0, 1]],
+            "color": [[2], [0, 0]],
+            "shape": [[0], [1]],
         }
     )
     assert pooled["user"].tolist() == [[10.0, 10.5, 11.0, 11.5], [0.0] * 4]
@@ -39,6 +44,13 @@ def test_format_1_answers_as_on_the_first_day():
     assert pooled["tag"].tolist()[1] == [57.5, 57.75, 58.0]
     assert pooled["seen"].tolist()[0] == [(330 + column) / 2 for column in range(8)]
     assert pooled["seen"].tolist()[1] == [(300 + column) / 4 - (310 + column) / 8 for column in range(8)]
+    assert pooled["place"].tolist()[0] == [(410 + column) / 4 for column in range(256)]
+    assert pooled["place"].tolist()[1] == [(810 + 2 * column) / 4 for column in range(256)]
+    assert pooled["color"].tolist()[0] == [(520 + column) / 4 for column in range(16)]
+    assert pooled["color"].tolist()[1] == [(1000 + 2 * column) / 4 for column in range(16)]
+    step = 0.58349609375  # 1.75 / 3 in fp16
+    assert pooled["shape"].tolist()[0] == [150.0 + step * code for code in (0, 0, 1, 1, 2, 2, 3, 3)]
+    assert pooled["shape"].tolist()[1] == [152.5 + step * code for code in (0, 0, 1, 1, 2, 2, 3, 3)]
 
 
 def test_format_1_finds_the_rows_of_entities_as_on_the_first_day():
@@ -61,7 +73,13 @@ def test_the_reader_in_format_md_reads_every_row():
         "item": (3, 2),
         "tag": (4, 3),
         "seen": (4, 8),
+        "place": (2, 256),
+        "color": (3, 16),
+        "shape": (2, 8),
     }
+    assert scope["rows"]["color"][2].tolist() == [(520 + column) / 4 for column in range(16)]
+    assert scope["rows"]["place"][1].tolist() == [(410 + column) / 4 for column in range(256)]
+    assert scope["rows"]["shape"][0, 7] == 150.0 + 3 * 0.58349609375
 
 
 def test_every_field_of_the_manifest_is_in_format_md():
@@ -75,7 +93,7 @@ def test_every_field_of_the_manifest_is_in_format_md():
             return set(node).union(*(names(value) for value in node.values()))
         return set()
 
-    contract = {key: value for key, value in manifest.items() if key not in ("accuracy", "parity")}
+    contract = {key: value for key, value in manifest.items() if key not in ("parity",)}
     contract["provenance"] = {**manifest["provenance"], "configuration": None, "tools": None}
     missing = {name for name in names(contract) if name not in page}
     assert not missing

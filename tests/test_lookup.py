@@ -15,7 +15,7 @@ from references import pooled_batch, stored_rows
 from export.lookup import Lookup, WeightedLookup, make_lookup
 from export.torchscript import write_torchscript
 from runtime_py.digests import ROWS, Digest
-from runtime_py.manifest import Feature, Table, row_bytes
+from runtime_py.manifest import ROW_FORMATS, Feature, Table
 from runtime_py.tensor_file import layout_tables
 
 
@@ -23,7 +23,7 @@ def describe(shapes: dict[str, tuple[int, int, str]]) -> list[Table]:
     """Manifest tables from name to (rows, dim, precision)."""
     digest = Digest(ROWS, "0" * 64)
     tables = [
-        Table(name, rows, dim, precision, row_bytes(precision, dim), 0, digest)
+        Table(name, rows, dim, precision, ROW_FORMATS[precision].row_bytes(dim), 0, digest)
         for name, (rows, dim, precision) in shapes.items()
     ]
     offsets = layout_tables(tables)

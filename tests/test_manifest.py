@@ -233,7 +233,16 @@ def test_a_missing_field_is_refused_at_every_level(document: Document) -> None:
         assert str(error) == f"field '{spell(path)}' is missing"
 
 
-NULLABLE = ("step", "relative_l2", "cosine")
+NULLABLE = (
+    "step",
+    "relative_l2",
+    "row_relative_l2",
+    "mean_cosine",
+    "worst_cosine",
+    "worst_cosine_row",
+    "lookup_relative_l2",
+    "lookup_mean_cosine",
+)
 WRONG: Mapping[type, list[object]] = {
     str: [7, None, True, [], {}],
     int: ["7", None, True, 7.0, []],
@@ -271,7 +280,7 @@ def test_a_step_may_be_a_number_or_null(document: Document) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "allowed"),
     [
-        (("tables", 0, "serving_precision"), "fp8", "['fp32', 'fp16']"),
+        (("tables", 0, "serving_precision"), "fp8", "['fp32', 'fp16', 'int8', 'int4', 'int2']"),
         (("features", 0, "pooling"), "max", "['sum', 'mean']"),
         (("graphs", 0, "backend"), "TorchScript", "['torchscript']"),
         (("graphs", 0, "target"), "tpu", "['cpu']"),
@@ -505,6 +514,21 @@ CONTRADICTIONS: list[tuple[str, Edit, str]] = [
     ("pooling", put("features", 0, "pooling", value="mean"), "artifact_id is "),
     ("rows' digest", put("tables", 0, "digest", "value", value="a" * 64), "artifact_id is "),
     (
+        "accuracy of another precision",
+        put("accuracy", 0, "serving_precision", value="int8"),
+        "table 'user': is stored as fp16, and elsewhere said to be int8",
+    ),
+    (
+        "choice of an unknown table",
+        put("choices", value=[{"table": "users", "serving_precision": "fp16", "reason": ""}]),
+        "choices: expected tables of the manifest, in their order, got ['users']",
+    ),
+    (
+        "choice of another precision",
+        put("choices", value=[{"table": "user", "serving_precision": "int8", "reason": ""}]),
+        "table 'user': is stored as fp16, and elsewhere said to be int8",
+    ),
+    (
         "accuracy of an unknown table",
         put("accuracy", 0, "table", value="users"),
         "accuracy: expected one entry a table, in their order, got ['users', ",
@@ -657,7 +681,7 @@ CONTRADICTIONS: list[tuple[str, Edit, str]] = [
     (
         "short digest",
         put("files", -2, "digest", "value", value="ab"),
-        "reports/accuracy.json: digest value must be 64 lower-case hexadecimal digits, got 'ab'",
+        "reports/report.html: digest value must be 64 lower-case hexadecimal digits, got 'ab'",
     ),
     (
         "upper-case digest",
@@ -667,7 +691,7 @@ CONTRADICTIONS: list[tuple[str, Edit, str]] = [
     (
         "digest with a newline",
         put("files", -1, "digest", "value", value="a" * 64 + "\n"),
-        "reports/parity.json: digest value must be 64 lower-case hexadecimal digits",
+        "reports/summary.md: digest value must be 64 lower-case hexadecimal digits",
     ),
 ]
 
@@ -720,6 +744,7 @@ def test_the_artifact_id_ignores_provenance_reports_and_the_bytes_of_files(manif
         manifest,
         provenance=replace(manifest.provenance, built_at="1970", snapshots=[], tools={}, configuration={}),
         accuracy=[],
+        choices=[],
         parity=replace(manifest.parity, seed=99),
         files=[replace(file, digest=digest, bytes=1) for file in manifest.files],
         graphs=[graph],

@@ -7,10 +7,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from torchrec.modules.embedding_configs import DataType as TorchrecType
+from torchrec.quant.embedding_modules import quantize_state_dict
 
-from export.config import Precision
+from export.config import Precision, dim_divisor
 from export.errors import RowsError
-from export.quantize import STORED_TYPES, convert_rows, describe_unstorable, storable
+from export.quantize import convert_rows, describe_unstorable, new_rows, storable
 
 BELOW_OVERFLOW = float(np.nextafter(np.float32(65520), np.float32(0)))  # 65519.996: rounds to 65504, fp16's largest
 EDGES = [
@@ -63,8 +65,8 @@ def bits(values: np.ndarray) -> np.ndarray:
 
 
 def converted(rows: np.ndarray, precision: Precision) -> np.ndarray:
-    out = torch.full(rows.shape, float("nan"), dtype=STORED_TYPES[precision])
-    convert_rows(torch.from_numpy(rows), out)
+    out = new_rows(*rows.shape, precision)
+    convert_rows(torch.from_numpy(rows), out, precision)
     return out.numpy()
 
 
@@ -149,6 +151,109 @@ def test_rows_of_any_width_are_rounded_alike(columns: int) -> None:
     rows = np.where(np.abs(rows) < 65520, rows, np.float32(1))
     expected = references.stored_rows(rows, "fp16")
     assert np.array_equal(bits(converted(rows, Precision.FP16)), bits(expected))
+
+
+# --- Quantized rows --------------------------------------------------------------------------------------------------
+
+QUANTIZED = [Precision.INT8, Precision.INT4, Precision.INT2]
+WIDTHS = [8, 16, 64]
+# What a row may hold without leaving the range of an fp16 bias or scale.
+QUANTIZABLE = st.one_of(
+    st.sampled_from([0.0, 1.0, -1.0, 0.1, 65504.0, -65504.0, 2.0**-24, 2.0**-25, 1e-30, -1e-7, 2.0**-14]),
+    st.floats(-65000, 65000, width=32),
+    st.floats(-(2.0**-13), 2.0**-13, width=32, allow_subnormal=True),
+)
+
+
+@pytest.mark.parametrize("precision", QUANTIZED)
+@settings(deadline=None, max_examples=150)
+@given(
+    rows=st.sampled_from(WIDTHS).flatmap(lambda width: hnp.arrays(np.float32, (3, width), elements=QUANTIZABLE)),
+    half=st.booleans(),
+)
+def test_any_rows_are_quantized_as_the_plain_loops_do_it_byte_for_byte(
+    precision: Precision, rows: np.ndarray, half: bool
+) -> None:
+    rows = (rows.astype(np.float16) if half else rows) + 0  # of zeros of both signs, either may be the smallest value
+    with np.errstate(over="ignore", divide="ignore"):
+        expected = references.stored_rows(rows, precision.value)
+    assert storable(torch.from_numpy(rows), precision)
+    assert np.array_equal(converted(rows, precision), expected)
+
+
+@pytest.mark.parametrize("precision", QUANTIZED)
+@pytest.mark.parametrize("dim", [4, 8, 10, 16, 64, 100, 128, 256])
+@pytest.mark.parametrize("kind", ["normal", "outlier", "constant", "tiny", "half", "zero"])
+def test_rows_of_every_width_are_those_that_torchrec_makes(precision: Precision, dim: int, kind: str) -> None:
+    if dim % dim_divisor(precision):
+        pytest.skip(f"{precision} has no rows of {dim} values; the configuration refuses them")
+    generator = torch.Generator().manual_seed(dim)
+    rows = torch.randn(200, dim, generator=generator)
+    if kind == "outlier":
+        rows[:, 1] *= 1e4
+    elif kind == "constant":
+        rows = rows[:, :1].expand(-1, dim).contiguous()
+    elif kind == "tiny":
+        rows *= 1e-7
+    elif kind == "half":
+        rows = rows.half()
+    elif kind == "zero":
+        rows.zero_()
+    tables: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    bags = torch.nn.ModuleDict({"t": torch.nn.Embedding.from_pretrained(rows)})
+    quantize_state_dict(bags, tables, {"t": TorchrecType[precision.name]})
+    codes, scale_bias = tables["t"]
+    expected = torch.cat([scale_bias, codes], dim=1).numpy()
+    assert np.array_equal(converted(rows.numpy(), precision), expected)
+    assert np.array_equal(references.stored_rows(rows.numpy()[:20], precision.value), expected[:20])
+
+
+def test_rows_do_not_depend_on_the_rows_beside_them() -> None:
+    rows = torch.randn(333, 16, generator=torch.Generator().manual_seed(1)).numpy()
+    whole = converted(rows, Precision.INT8)
+    assert np.array_equal(np.concatenate([converted(rows[i : i + 7], Precision.INT8) for i in range(0, 333, 7)]), whole)
+
+
+@pytest.mark.parametrize(
+    ("row", "precision", "said"),
+    [
+        ([-65520.0] * 8, Precision.INT8, "column 0 is -65520.0; in all: 1 beyond the range of a row's fp16 bias"),
+        ([65520.0] * 8, Precision.INT4, "column 0 is 65520.0; in all: 1 beyond the range of a row's fp16 bias"),
+        (
+            [0.0] * 7 + [65520.0 * 255],
+            Precision.INT8,
+            "column 7 is 16707600.0; in all: 1 too far from its row's smallest",
+        ),
+        ([0.0] * 7 + [65520.0 * 3], Precision.INT2, "column 7 is 196560.0; in all: 1 too far from its row's smallest"),
+        (
+            [-(2.0**127)] + [2.0**127] * 7,
+            Precision.INT8,
+            "column 0 is -1.7014118346046923e+38; in all: 1 beyond the range of a row's fp16 bias",
+        ),
+        ([0.0] * 7 + [float("nan")], Precision.INT8, "column 7 is nan; in all: 1 NaN; mend the training"),
+        ([0.0] * 6 + [float("inf")] * 2, Precision.INT2, "column 6 is inf; in all: 2 infinite; mend the training"),
+    ],
+)
+def test_what_scale_and_bias_cannot_hold_is_refused_with_its_row(
+    row: list[float], precision: Precision, said: str
+) -> None:
+    rows = torch.zeros(5, 8)
+    rows[3] = torch.tensor(row)
+    assert not storable(rows, precision)
+    message = describe(rows, precision)
+    assert f"table 'user': cannot be stored as {precision}: row 3, {said}" in message
+
+
+@pytest.mark.parametrize("precision", QUANTIZED)
+def test_the_limit_of_a_scale_is_where_rounding_to_fp16_overflows(precision: Precision) -> None:
+    top = {"int8": 255, "int4": 15, "int2": 3}[precision.value]
+    rows = torch.zeros(1, 8)
+    rows[0, 3] = float(np.nextafter(np.float32(65520.0 * top), np.float32(0)))
+    assert storable(rows, precision)
+    assert np.isfinite(converted(rows.numpy(), precision)[:, :4].copy().view(np.float16)).all()
+    rows[0, 3] = 65520.0 * top
+    assert not storable(rows, precision)
+    assert np.isinf(converted(rows.numpy(), precision)[:, :4].copy().view(np.float16)).any()
 
 
 # --- describe_unstorable -------------------------------------------------------------------------------------------

@@ -6,12 +6,13 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import make_rows, run_export, state_dict, write_config, write_dcp
 
 from export import build_artifact, weight_file
@@ -189,6 +190,22 @@ def test_what_no_longer_fits_is_not_gone_on_with(release, snapshot, tmp_path, ch
     assert os.listdir(output.parent) == ["artifact"]
 
 
+def test_a_snapshot_that_was_replaced_under_the_same_names_sizes_and_times_is_read_again(tmp_path):
+    tables = [{"name": "t", "num_embeddings": 1_200_000, "embedding_dim": 32, "data_type": "fp32"}]
+    (tmp_path / "out").mkdir()
+    path, output = tmp_path / "s.safetensors", tmp_path / "out" / "artifact"
+    save_file(state_dict(make_rows(tables, seed=1)), path)
+    times = path.stat()
+    config = write_config(tmp_path / "release.yaml", path, tables)
+    kill_after(start_build(config, output, "--resume"), output, 1)
+    assert not output.exists()
+    rows = make_rows(tables, seed=2)
+    save_file(state_dict(rows), path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    resume(config, output)
+    assert torch.equal(load_file(output / WEIGHTS)["t"], rows["t"].half())
+
+
 def test_a_signal_keeps_what_is_finished_only_where_it_was_asked_to(release, whole):
     config, output = release
     build = start_build(config, output)
@@ -234,10 +251,10 @@ def test_a_snapshot_that_is_replaced_between_the_first_look_and_the_plan_is_refu
     torch.save(state_dict(rows), path)
     config = write_config(tmp_path / "r.yaml", path, tables)
     find = Snapshot.table
+    once = threading.Lock()
 
     def replace_then_find(self, *arguments):
-        if path.exists() and not (tmp_path / "done").exists():
-            (tmp_path / "done").touch()
+        if once.acquire(blocking=False):
             (tmp_path / "next").mkdir()  # the same name, and so the same layout
             torch.save(state_dict(dict(reversed(rows.items()))), tmp_path / "next" / path.name)
             (tmp_path / "next" / path.name).rename(path)

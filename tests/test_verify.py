@@ -33,7 +33,10 @@ GRAPH = "graphs/lookup.torchscript.pt"
 USERS = "vocab/user.safetensors"
 ITEMS = "vocab/item.safetensors"
 MAPPED = [WEIGHTS, USERS, ITEMS]
-REPORTS = ["reports/accuracy.json", "reports/parity.json", "reports/vocabulary.json"]
+REPORTS = [
+    f"reports/{name}"
+    for name in ("accuracy.json", "parity.json", "vocabulary.json", "build.json", "report.html", "summary.md")
+]
 FILES = [MANIFEST, *MAPPED, GRAPH, *REPORTS]
 HEADER_BYTES = 4096
 
