@@ -15,6 +15,7 @@ import torch
 
 from export.config import ReleaseConfig, load_config
 from export.errors import ExportError, GateError, PublishError
+from export.golden import GOLDEN, write_cases
 from export.journal import has_pieces
 from export.lookup import OPERATOR_LIBRARIES, make_lookup
 from export.parity import check_parity, make_slots
@@ -263,15 +264,16 @@ def _check(
     manifest: Manifest,
     staging: Path,
 ) -> tuple[Manifest, list[dict[str, Any]]]:
-    """Runs the gates on the staged artifact; returns the manifest with their outcome, and each case's."""
+    """Runs the gates on the staged artifact, and keeps answers; returns the manifest with the outcome, and each case's."""
     problems = [line for report in accuracy for line in report.problems]
     if problems:
         raise GateError("\n".join(problems))
     config = plan.config
-    summary, cases = check_parity(
+    summary, cases, golden = check_parity(
         staging, config.large_embeddings, plan.precisions, plan.cases, weights.probes, config.parity.seed
     )
-    return replace(manifest, parity=summary), cases
+    write_cases(staging / GOLDEN, golden)
+    return replace(manifest, parity=summary, files=[*manifest.files, _describe_file(staging, GOLDEN)]), cases
 
 
 def _write_reports(

@@ -114,11 +114,19 @@ def verify(
     sizes: Annotated[
         bool, typer.Option("--sizes", help="Compare only the size of the rows, not their digests.")
     ] = False,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Also run the golden cases, and compare the answers bit for bit.")
+    ] = False,
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
     """Compare an artifact with its manifest, byte for byte."""
     start = time.perf_counter()
     manifest = verify_artifact(artifact, "sizes" if sizes else "full")
+    replayed = 0
+    if replay:
+        from export.golden import replay_cases  # only this needs torch's operators
+
+        replayed = replay_cases(artifact, manifest)
     seconds = time.perf_counter() - start
     total = sum(file.bytes for file in manifest.files)
     if as_json:
@@ -128,11 +136,12 @@ def verify(
             "bytes": total,
             "seconds": round(seconds, 3),
         }
-        _write(_to_json(result | {"verified": "sizes" if sizes else "full"}))
+        _write(_to_json(result | {"verified": "sizes" if sizes else "full", "replayed": replayed}))
         return
     what = "sizes, and every digest but the rows'" if sizes else "every digest"
     files = f"{len(manifest.files) + 1} files, {decimal(total)}"
-    _write(f"{artifact}: intact: {files}, {what}, in {seconds:.2f} s\n")
+    answers = f", {replayed} golden cases bit for bit" if replay else ""
+    _write(f"{artifact}: intact: {files}, {what}{answers}, in {seconds:.2f} s\n")
 
 
 @app.command()

@@ -20,6 +20,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from export.accuracy import ProbeRows, dequantize
 from export.config import DataType, EmbeddingBagConfig, LargeEmbeddingsConfig, Precision
 from export.errors import GateError
+from export.golden import GoldenCase
 from export.large_embeddings import LargeEmbeddings, torchrec_tables
 from export.quantize import SCALE_BIAS_BYTES, levels, quantized
 from runtime_py import Artifact, InvalidInputError, load_artifact
@@ -46,6 +47,7 @@ class Case:
 
     name: str
     bags: list[list[np.ndarray]]  # by slot, then by bag
+    random: bool = False
 
     def request(self, slots: Sequence[Slot], seed: int) -> Request:
         """The batch in the raw signature; weights, where a slot takes them, are drawn from `seed`."""
@@ -96,7 +98,7 @@ def make_cases(config: LargeEmbeddingsConfig, seed: int, batches: int) -> list[C
     for number in range(batches):
         batch = int(rng.integers(1, 33))
         bags = [[rng.integers(0, count, rng.integers(0, 9)) for _ in range(batch)] for count in rows]
-        cases.append(Case(f"random {number}", bags))
+        cases.append(Case(f"random {number}", bags, random=True))
     return cases
 
 
@@ -243,10 +245,13 @@ def check_parity(
     cases: Sequence[Case],
     probes: Mapping[str, ProbeRows],
     seed: int,
-) -> tuple[ParitySummary, list[dict[str, Any]]]:
-    """Runs every case through the staged artifact and both references; returns the summary, and each case's outcome.
+) -> tuple[ParitySummary, list[dict[str, Any]], dict[str, GoldenCase]]:
+    """Runs every case through the staged artifact and both references.
 
     The artifact's digests are compared before, by whoever calls.
+
+    Returns:
+        the summary, each case's outcome, and the answers to keep as golden cases.
 
     Raises:
         GateError: naming the case, the feature, its table, the place and the numbers.
@@ -255,9 +260,13 @@ def check_parity(
     strict = load_artifact(artifact, verify="sizes", invalid_ids="error")
     lenient = load_artifact(artifact, verify="sizes", invalid_ids="zero")
     results = []
+    golden = {}
     for number, case in enumerate(cases):
         request = case.request(references.slots, seed + number)
-        results.append({"graph": _GRAPH, **_check_case(strict, lenient, references, case, request)})
+        outcome, pooled = _check_case(strict, lenient, references, case, request)
+        results.append({"graph": _GRAPH, **outcome})
+        if not case.random or not any(kept.random for kept in cases[:number]):
+            golden[f"{number:02} {case.name}"] = GoldenCase(request, pooled)
     summary = ParitySummary(
         seed=seed,
         cases=len(cases),
@@ -265,12 +274,12 @@ def check_parity(
         quantization_max_error=max(result["max_error"] for result in results),
         quantization_max_share_of_bound=max(result["max_share_of_bound"] for result in results),
     )
-    return summary, results
+    return summary, results, golden
 
 
 def _check_case(
     strict: Artifact, lenient: Artifact, references: References, case: Case, request: Request
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], torch.Tensor]:
     bad = _has_invalid_ids(case, references.slots)
     artifact = lenient if bad else strict
     before = [None if part is None else part.clone() for part in request]
@@ -302,13 +311,14 @@ def _check_case(
         raise GateError(
             f"parity case '{case.name}': shape {list(pooled.shape)}, expected [0, {sum(_dims(references))}]"
         )
-    return {
+    outcome = {
         "name": case.name,
         "bags": bags,
         "ids": request.values.numel(),
         "max_error": largest,
         "max_share_of_bound": share,
     }
+    return outcome, pooled
 
 
 def _dims(references: References) -> list[int]:

@@ -42,7 +42,7 @@ def test_build_verify_and_inspect_from_end_to_end(release):
 
     done = run_export("verify", out / "artifact")
     assert done.returncode == 0
-    assert "intact: 8 files" in done.stdout
+    assert "intact: 9 files" in done.stdout
     done = run_export("inspect", out / "artifact")
     assert done.returncode == 0
     assert "300" in done.stdout

@@ -36,13 +36,14 @@ def check(artifact, config, rows, probes_of=None, seed=5):
 
 
 def test_a_right_artifact_passes_and_the_report_says_by_how_much(built_artifact, rows, tmp_path):
-    summary, results = check(built_artifact, tables_config(tmp_path), rows)
+    summary, results, golden = check(built_artifact, tables_config(tmp_path), rows)
     assert 0 < summary.quantization_max_share_of_bound <= 1
     assert 0 < summary.quantization_max_error < 0.05
     assert summary.cases == len(results)
     names = [case["name"] for case in results]
     assert names[:6] == ["no bags", "empty bags", "one bag", "first and last row", "duplicate ids", "ids out of range"]
     assert len(names) == 9
+    assert list(golden) == [f"{number:02} {name}" for number, name in enumerate(names[:7])]
 
 
 def test_one_other_stored_row_fails_question_two_by_name(built_artifact, rows, tmp_path):

@@ -37,7 +37,7 @@ REPORTS = [
     f"reports/{name}"
     for name in ("accuracy.json", "parity.json", "vocabulary.json", "build.json", "report.html", "summary.md")
 ]
-FILES = [MANIFEST, *MAPPED, GRAPH, *REPORTS]
+FILES = [MANIFEST, *MAPPED, GRAPH, "golden/cases.safetensors", *REPORTS]
 HEADER_BYTES = 4096
 
 

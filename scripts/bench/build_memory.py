@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Memory of a build, for tables of several sizes and every kind of snapshot: it must not grow with the table.
 
-For each it writes a snapshot with one fp32 table, builds an fp16 artifact from it in a process of its own, and prints the
+For each it writes a snapshot with one fp32 table, builds an artifact from it in a process of its own, and prints the
 most that the process held above what it held after its imports: anonymous memory (what it allocated), private memory
 (that, and pages of the mapped artifact, which count as private while only one process maps it), both sampled from
 /proc/PID/smaps_rollup, and VmHWM, the kernel's own peak of everything resident.
@@ -12,6 +12,7 @@ memory that it reserves, stacks of threads included).
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -36,7 +37,7 @@ NAME = "model.embedding_bags.table.weight"
 _CHILD = """
 import resource, sys
 from pathlib import Path
-import export.build, export.parity, export.snapshots
+import export.build, export.page, export.parity, export.snapshots, scipy.optimize
 print("ready", flush=True)
 limit = int(sys.stdin.readline())
 if limit:
@@ -91,43 +92,87 @@ def write_snapshot(folder: Path, mib: int, kind: str) -> tuple[str, int]:
     return str(folder / "snapshot.safetensors"), rows
 
 
+# Two calls of S3, object and listing, over the files of a folder. moto, with which the tests build from S3, holds objects in
+# memory and takes minutes for the ranges of 2 GiB.
+_S3 = """
+import sys, xml.sax.saxutils
+from pathlib import Path
+from aiohttp import web
+
+folder = Path(sys.argv[1])
+
+async def list_objects(request):
+    prefix = request.query.get("prefix", "")
+    entries = "".join(
+        f"<Contents><Key>{xml.sax.saxutils.escape(path.name)}</Key><Size>{path.stat().st_size}</Size>"
+        "<LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>&quot;e&quot;</ETag></Contents>"
+        for path in sorted(folder.iterdir()) if path.name.startswith(prefix)
+    )
+    text = f"<ListBucketResult><Name>bucket</Name><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>"
+    return web.Response(text=text, content_type="application/xml")
+
+async def read_object(request):
+    path = folder / request.match_info["key"]
+    if not path.is_file():
+        return web.Response(status=404, text="<Error><Code>NoSuchKey</Code></Error>", content_type="application/xml")
+    return web.FileResponse(path)
+
+async def start():
+    app = web.Application()
+    app.add_routes([web.get("/bucket", list_objects), web.get("/bucket/{key:.+}", read_object)])
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    print(runner.addresses[0][1], flush=True)
+
+import asyncio
+loop = asyncio.new_event_loop()
+loop.run_until_complete(start())
+loop.run_in_executor(None, lambda: (sys.stdin.read(), loop.call_soon_threadsafe(loop.stop)))
+loop.run_forever()
+"""
+
+
 @contextmanager
 def served_by_s3(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """An S3 server in a process of its own that has the file; its uri, and the environment to reach it."""
+    """A server in a process of its own that has the file as an object of S3; its uri, and the environment to reach it."""
     keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-    code = (
-        "import sys, logging; logging.getLogger('werkzeug').disabled = True\n"
-        "from moto.server import ThreadedMotoServer\n"
-        "server = ThreadedMotoServer('127.0.0.1', 0, verbose=False); server.start()\n"
-        "print(server.get_host_and_port()[1], flush=True); sys.stdin.read()\n"
-    )
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", _S3, str(file.parent)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as server:
         assert server.stdout is not None
         environment = keys | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.stdout.readline().strip()}"}
-        put = "import sys, s3fs; fs = s3fs.S3FileSystem(); fs.mkdir('bucket'); fs.put(sys.argv[1], 'bucket/' + sys.argv[2])"
-        subprocess.run([sys.executable, "-c", put, file, file.name], env=os.environ | environment, check=True)
-        file.unlink()
         yield f"s3://bucket/{file.name}", environment
         server.communicate()
 
 
-def measure(folder: Path, mib: int, kind: str, limit_mib: int) -> dict[str, float | int | str]:
+def measure(folder: Path, mib: int, kind: str, precision: str, limit_mib: int) -> dict[str, float | int | str]:
     """Builds once and returns the peaks in MiB and the seconds."""
     uri, rows = write_snapshot(folder, mib, kind)
     if kind != "s3":
-        return _measure(folder, mib, kind, limit_mib, uri, rows, {})
+        return _measure(folder, mib, kind, precision, limit_mib, uri, rows, {})
     with served_by_s3(Path(uri)) as (remote, environment):
-        return _measure(folder, mib, kind, limit_mib, remote, rows, environment)
+        return _measure(folder, mib, kind, precision, limit_mib, remote, rows, environment)
 
 
 def _measure(
-    folder: Path, mib: int, kind: str, limit_mib: int, uri: str, rows: int, environment: dict[str, str]
+    folder: Path,
+    mib: int,
+    kind: str,
+    precision: str,
+    limit_mib: int,
+    uri: str,
+    rows: int,
+    environment: dict[str, str],
 ) -> dict[str, float | int | str]:
     table = {"name": "table", "num_embeddings": rows, "embedding_dim": DIM, "data_type": "fp32"}
     config = folder / "release.yaml"
-    config.write_text(json.dumps({"large_embeddings": {"tables": [table]}, "snapshot": {"uri": uri}}))
+    serving: dict[str, object] = {"precision": precision}
+    if precision == "auto":
+        serving["auto"] = {"max_bytes": 2 * rows * DIM}
+    document = {"large_embeddings": {"tables": [table]}, "snapshot": {"uri": uri}, "serving": serving}
+    config.write_text(json.dumps(document))
     command = [sys.executable, "-c", _CHILD, str(config), str(folder / "artifact")]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment
@@ -152,6 +197,7 @@ def _measure(
         seconds = time.monotonic() - start
         result: dict[str, float | int | str] = {
             "kind": kind,
+            "precision": precision,
             "table_mib": mib,
             "limit_mib": limit_mib,
             "anonymous_mib": round((anonymous - before[0]) / 2**20, 1),
@@ -171,6 +217,7 @@ def main() -> None:
     parser.add_argument(
         "--kinds", nargs="+", default=KINDS, help=f"of {', '.join(KINDS)}, sparse (default: all but sparse)"
     )
+    parser.add_argument("--precisions", nargs="+", default=["fp16"], help="of the stored rows, or auto (default: fp16)")
     parser.add_argument("--limit-mib", type=int, default=0, help="private memory that the kernel allows the build")
     parser.add_argument(
         "--folder", type=lambda text: Path(text).resolve(), help="where to write (default: the temporary folder)"
@@ -179,13 +226,12 @@ def main() -> None:
     environment = {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()}
     print(json.dumps({"date": time.strftime("%Y-%m-%d"), **environment}), flush=True)
     failed = False
-    for kind in options.kinds:
-        for mib in options.mib:
-            with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-                result = measure(Path(folder), mib, kind, options.limit_mib)
-            print(json.dumps(result), flush=True)
-            # Of a sparse table the kernel's own limit is the judge: VmHWM has pages of the mapped artifact, too.
-            failed |= kind != "sparse" and float(result["vmhwm_mib"]) > LIMIT_MIB
+    for kind, precision, mib in itertools.product(options.kinds, options.precisions, options.mib):
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            result = measure(Path(folder), mib, kind, precision, options.limit_mib)
+        print(json.dumps(result), flush=True)
+        # Of a sparse table the kernel's own limit is the judge: VmHWM has pages of the mapped artifact, too.
+        failed |= kind != "sparse" and float(result["vmhwm_mib"]) > LIMIT_MIB
     if failed:
         raise SystemExit(f"error: more than {LIMIT_MIB} MiB")
 
