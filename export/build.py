@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from export.config import ReleaseConfig, load_config
+from export.aot_inductor import check_build_isa, compiler, write_aot_inductor
+from export.config import GraphKind, ReleaseConfig, load_config
 from export.errors import ExportError, GateError, PublishError
 from export.golden import GOLDEN, write_cases
 from export.journal import has_pieces
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 __all__ = ["BuildResult", "build_artifact"]
 
 _TORCHSCRIPT = "graphs/lookup.torchscript.pt"
+_AOT_INDUCTOR = "graphs/lookup.cpu"
 _ACCURACY = "reports/accuracy.json"
 _PARITY = "reports/parity.json"
 _VOCABULARY = "reports/vocabulary.json"
@@ -124,6 +126,9 @@ def build_artifact(
         if ranks.rank == 0:
             refuse_existing(target)
         drop_copies()
+        if GraphKind.AOT_INDUCTOR in config.serving.graphs and ranks.rank == 0:
+            compiler()
+            check_build_isa(config.serving.isa)
         plan = plan_release(config, ranks, workers, sample, clock)
         if ranks.rank:
             with clock.phase("rows"), writing(target):
@@ -214,9 +219,29 @@ def _write_graphs(
         Feature(slot.feature, slot.table.name, slot.table.pooling.value, slot.table.weighted)
         for slot in make_slots(config.large_embeddings)
     ]
-    write_torchscript(make_lookup(weights.tables, features), staging / _TORCHSCRIPT)
+    lookup = make_lookup(weights.tables, features)
+    write_torchscript(lookup, staging / _TORCHSCRIPT)
+    if GraphKind.AOT_INDUCTOR in config.serving.graphs:
+        write_aot_inductor(lookup, config.serving.isa, staging / _AOT_INDUCTOR)
     dims = {table.name: table.embedding_dim for table in weights.tables}
     tools = _tool_versions()
+    fbgemm = tools.get("fbgemm-gpu-cpu") or tools["fbgemm-gpu"]
+    graphs = [
+        Graph(
+            "torchscript" if kind is GraphKind.TORCHSCRIPT else "aot_inductor",
+            "cpu",
+            path,
+            OPERATOR_LIBRARIES,
+            torch.__version__,
+            fbgemm,
+            isa,
+        )
+        for kind, path, isa in (
+            (GraphKind.TORCHSCRIPT, _TORCHSCRIPT, None),
+            (GraphKind.AOT_INDUCTOR, _AOT_INDUCTOR, config.serving.isa.value),
+        )
+        if kind in config.serving.graphs
+    ]
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         artifact_id="",
@@ -227,19 +252,10 @@ def _write_graphs(
         weights_offset_bytes=weights.offset_bytes,
         weights_bytes=weights.data_bytes,
         vocabularies=[vocabulary.stored for vocabulary in vocabularies],
-        graphs=[
-            Graph(
-                backend="torchscript",
-                target="cpu",
-                path=_TORCHSCRIPT,
-                operator_libraries=OPERATOR_LIBRARIES,
-                torch=torch.__version__,
-                fbgemm_gpu=tools.get("fbgemm-gpu-cpu") or tools["fbgemm-gpu"],
-            )
-        ],
+        graphs=graphs,
         files=[
             File(WEIGHTS, weights.offset_bytes + weights.data_bytes, weights.digest),
-            _describe_file(staging, _TORCHSCRIPT),
+            *(_describe_file(staging, path) for graph in graphs for path in graph.files),
             *(vocabulary.file for vocabulary in vocabularies),
             *([_describe_file(staging, _VOCABULARY)] if vocabularies else []),
         ],

@@ -8,7 +8,7 @@ counts as often as it was accessed where there are counts, and each table where 
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -132,16 +132,21 @@ def _measure_table(
             torch.set_num_threads(1)  # of this thread: the groups are what runs in parallel
             examiners = {value: Examiner(name, value, limits[value], counts) for value in precisions}
             measured = {value: _Measured(examiners[value].sums) for value in precisions}
+            buffers = {
+                value: new_rows(block_rows(rows.embedding_dim), rows.embedding_dim, value) for value in precisions
+            }
             seen, picked = [], []
-            for start in group:
+            began = time.perf_counter()
+            for start, chunk in _chunks(rows, group, step):
+                reading = time.perf_counter() - began
+                for part in measured.values():
+                    part.seconds += reading
+                _measure_chunk(start, chunk, examiners, measured, buffers)
+                inside = ids[slice(*np.searchsorted(ids, [start, start + len(chunk)]))]
+                if len(inside):
+                    seen.append(inside)
+                    picked.append(chunk[torch.from_numpy(inside - start)].float())
                 began = time.perf_counter()
-                for _, chunk in rows.chunks(range(start, start + step, step)):
-                    reading = time.perf_counter() - began
-                    for part in measured.values():
-                        part.seconds += reading
-                    _measure_chunk(start, chunk, examiners, measured)
-                    seen.append(ids[slice(*np.searchsorted(ids, [start, start + len(chunk)]))])
-                    picked.append(chunk[torch.from_numpy(seen[-1] - start)].float())
             return measured, seen, picked
 
         totals = {value: _Measured() for value in precisions}
@@ -153,8 +158,18 @@ def _measure_table(
             picked += trained
             done = sum(min(step, rows.num_embeddings - start) for start in group)
             progress.advance(name, done * rows.embedding_dim * rows.dtype.itemsize)
-    found, trained_rows = np.concatenate(seen), torch.cat(picked)
+    found = np.concatenate([ids[:0], *seen])
+    trained_rows = torch.cat([torch.empty(0, rows.embedding_dim), *picked])
     return [_candidate(config, table, value, totals[value], sample, found, trained_rows) for value in precisions]
+
+
+def _chunks(rows: TableRows, starts: range, step: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Chunks of `step` rows from each of `starts` on, which may leave rows out between them."""
+    if starts.step == step:
+        yield from rows.chunks(starts)
+        return
+    for start in starts:
+        yield from rows.chunks(range(start, start + step, step))
 
 
 def _measure_chunk(
@@ -162,6 +177,7 @@ def _measure_chunk(
     chunk: torch.Tensor,
     examiners: Mapping[Precision, Examiner],
     measured: Mapping[Precision, _Measured],
+    buffers: Mapping[Precision, torch.Tensor],
 ) -> None:
     step = block_rows(chunk.shape[1])
     for first in range(0, len(chunk), step):
@@ -169,7 +185,7 @@ def _measure_chunk(
         for value, examiner in examiners.items():
             began = time.perf_counter()
             if measured[value].stored and storable(block, value):
-                stored = new_rows(len(block), block.shape[1], value)
+                stored = buffers[value][: len(block)]
                 convert_rows(block, stored, value)
                 examiner.examine(start + first, block, stored)
             else:

@@ -244,7 +244,8 @@ def _summary(artifact: Path, manifest: Manifest) -> str:
         line = f"{vocabulary.table}: {vocabulary.entities:,} entities, {coverage:g} % of the rows"
         console.print("vocabulary", f"{line}, {decimal(manifest.file[vocabulary.path].bytes)}", soft_wrap=True)
     for graph in manifest.graphs:
-        console.print("graph     ", f"{graph.backend} for {graph.target}, {decimal(manifest.file[graph.path].bytes)}")
+        target = graph.target if graph.isa is None else f"{graph.target} ({graph.isa})"
+        console.print("graph     ", f"{graph.backend} for {target}, {decimal(manifest.graph_bytes(graph))}")
     for choice in manifest.choices:
         console.print("choice    ", f"{choice.table}: {choice.serving_precision}: {choice.reason}", soft_wrap=True)
     for figures in manifest.accuracy:

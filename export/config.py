@@ -106,6 +106,13 @@ class Target(StrEnum):
     CUDA = "cuda"
 
 
+class Isa(StrEnum):
+    """Instruction sets that compiled graphs may need: levels of the x86-64 psABI (v3 has AVX2, v4 has AVX-512)."""
+
+    X86_64_V3 = "x86-64-v3"
+    X86_64_V4 = "x86-64-v4"
+
+
 class SnapshotFormat(StrEnum):
     """On-disk format of a training snapshot; `auto` looks at the files."""
 
@@ -138,7 +145,7 @@ def _built(*built: StrEnum) -> AfterValidator:
     return AfterValidator(check)
 
 
-_BuiltGraph = Annotated[GraphKind, _built(GraphKind.TORCHSCRIPT)]
+_BuiltGraph = Annotated[GraphKind, _built(GraphKind.TORCHSCRIPT, GraphKind.AOT_INDUCTOR)]
 _BuiltTarget = Annotated[Target, _built(Target.CPU)]
 
 
@@ -429,6 +436,13 @@ class ServingConfig(_Section):
     auto: AutoConfig | None = None
     graphs: Annotated[list[_BuiltGraph], Field(min_length=1), AfterValidator(_unique)] = [GraphKind.TORCHSCRIPT]
     targets: Annotated[list[_BuiltTarget], Field(min_length=1), AfterValidator(_unique)] = [Target.CPU]
+    isa: Isa = Isa.X86_64_V3
+
+    @model_validator(mode="after")
+    def _has_torchscript(self) -> Self:
+        if GraphKind.TORCHSCRIPT not in self.graphs:
+            raise _error_at("expected torchscript among the graphs: it is what the loader runs by default", "graphs")
+        return self
 
 
 DEFAULT_BUDGETS: Mapping[Precision, Budget] = {

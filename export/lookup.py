@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from runtime_py.aot_inductor import HOST
 from runtime_py.manifest import ROW_FORMATS, Table
 from runtime_py.manifest import Feature as ManifestFeature
 
@@ -20,7 +21,6 @@ __all__ = ["OPERATOR_LIBRARIES", "Lookup", "WeightedLookup", "make_lookup"]
 # The FBGEMM libraries that register the operators used below.
 OPERATOR_LIBRARIES = ["fbgemm_gpu_tbe_inference", "fbgemm_gpu_sparse_async_cumsum"]
 
-_HOST = 3  # fbgemm EmbeddingLocation.HOST: rows are read from `weights` in host memory
 _PLACEHOLDER_BYTES = 64  # AOTInductor drops an empty constant from its package
 
 
@@ -68,7 +68,7 @@ class _PlainOpLookup(torch.nn.Module):
         starts = [sum(dims[:i]) for i in range(len(dims) + 1)]
         columns = [feature for feature, dim in enumerate(dims) for _ in range(dim)]
         self.register_buffer("weights", torch.zeros(_PLACEHOLDER_BYTES, dtype=torch.uint8))
-        self.register_buffer("weights_placements", torch.full((len(slots),), _HOST, dtype=torch.int32))
+        self.register_buffer("weights_placements", torch.full((len(slots),), HOST, dtype=torch.int32))
         self.register_buffer("weights_offsets", torch.tensor([slot.table.offset_bytes for slot in slots]))
         self.register_buffer("weights_types", torch.tensor(types, dtype=torch.uint8))
         self.register_buffer("dim_offsets", torch.tensor(starts, dtype=torch.int32))

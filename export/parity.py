@@ -25,12 +25,11 @@ from export.large_embeddings import LargeEmbeddings, torchrec_tables
 from export.quantize import SCALE_BIAS_BYTES, levels, quantized
 from runtime_py import Artifact, InvalidInputError, load_artifact
 from runtime_py.inputs import Request
-from runtime_py.manifest import ParitySummary
+from runtime_py.manifest import ParitySummary, read_manifest
 
 __all__ = ["Case", "References", "Slot", "check_parity", "make_cases", "make_slots", "probe_ids"]
 
 _INT64 = np.iinfo(np.int64)
-_GRAPH = "torchscript for cpu"  # what the loader runs where nothing else is asked for
 
 
 @dataclass(frozen=True)
@@ -257,16 +256,17 @@ def check_parity(
         GateError: naming the case, the feature, its table, the place and the numbers.
     """
     references = References(config, precisions, probes)
-    strict = load_artifact(artifact, verify="sizes", invalid_ids="error")
-    lenient = load_artifact(artifact, verify="sizes", invalid_ids="zero")
     results = []
     golden = {}
-    for number, case in enumerate(cases):
-        request = case.request(references.slots, seed + number)
-        outcome, pooled = _check_case(strict, lenient, references, case, request)
-        results.append({"graph": _GRAPH, **outcome})
-        if not case.random or not any(kept.random for kept in cases[:number]):
-            golden[f"{number:02} {case.name}"] = GoldenCase(request, pooled)
+    for graph in read_manifest(artifact).graphs:
+        strict = load_artifact(artifact, backend=graph.backend, verify="sizes", invalid_ids="error")
+        lenient = load_artifact(artifact, backend=graph.backend, verify="sizes", invalid_ids="zero")
+        for number, case in enumerate(cases):
+            request = case.request(references.slots, seed + number)
+            outcome, pooled = _check_case(strict, lenient, references, case, request)
+            results.append({"graph": f"{graph.backend} for {graph.target}", **outcome})
+            if not case.random or not any(kept.random for kept in cases[:number]):
+                golden[f"{number:02} {case.name}"] = GoldenCase(request, pooled)  # every graph answers the same
     summary = ParitySummary(
         seed=seed,
         cases=len(cases),

@@ -6,7 +6,7 @@
 
 Modules: `artifact` (load and look up), `inputs` (requests and their checks), `verify` (is it what was published),
 `tensor_file` (a mapped file of known tensors), `weights` and `vocabulary` (its two kinds), `manifest` (the contract),
-`operators` (FBGEMM's libraries), `digests`, `parallel`, `errors`.
+`torchscript` and `aot_inductor` (the graphs), `operators` (FBGEMM's libraries), `digests`, `parallel`, `errors`.
 """
 
 from runtime_py.artifact import Artifact, Pooled, load_artifact

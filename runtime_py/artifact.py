@@ -4,10 +4,8 @@
 mapping to it and warms it up. Nothing is copied: N processes that load one artifact hold one copy of the rows.
 """
 
-import io
-import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -15,10 +13,12 @@ from typing import Any, Literal
 
 import torch
 
+from runtime_py.aot_inductor import load_aot_inductor
 from runtime_py.errors import GraphError, UnsupportedError
 from runtime_py.inputs import Request, RequestReader
-from runtime_py.manifest import ROW_FORMATS, Graph, Manifest
+from runtime_py.manifest import Graph, Manifest
 from runtime_py.operators import load_operators
+from runtime_py.torchscript import last_line, load_torchscript, versions
 from runtime_py.verify import Verify, open_verified
 from runtime_py.vocabulary import Vocabulary
 
@@ -58,7 +58,7 @@ class Artifact:
     def __init__(
         self,
         manifest: Manifest,
-        graph: torch.jit.ScriptModule,
+        graph: Callable[..., torch.Tensor],
         invalid_ids: InvalidIds,
         vocabularies: Mapping[str, Vocabulary],
     ) -> None:
@@ -128,7 +128,7 @@ class Artifact:
             try:
                 pooled = self._run(Request(values, lengths, weights))
             except RuntimeError as error:
-                raise GraphError(f"{path} does not run on the manifest's features: {_last_line(error)}") from error
+                raise GraphError(f"{path} does not run on the manifest's features: {last_line(error)}") from error
             if not isinstance(pooled, torch.Tensor):
                 raise GraphError(f"{path} gives a {type(pooled).__name__}, expected a tensor")
             if pooled.shape != (1, width) or pooled.dtype is not torch.float32:
@@ -148,14 +148,14 @@ def load_artifact(
     Args:
         path: the artifact's folder.
         device: "cpu".
-        backend: "torchscript".
+        backend: "torchscript" or "aot_inductor", where the artifact has that graph.
         verify: "full" compares every digest, "sizes" compares all but those of the rows and the vocabularies
             (see `verify_artifact`).
         invalid_ids: "error" refuses a request with an id outside its table; "zero" gives that id a zero vector.
 
     Raises:
         ArtifactError: the artifact is damaged (see `verify_artifact`).
-        UnsupportedError: it has no graph for this device and backend.
+        UnsupportedError: it has no graph for this device and backend, or the graph needs instructions that this CPU lacks.
         GraphError: its graph cannot run here, or does not fit its rows.
     """
     if invalid_ids not in ("error", "zero"):
@@ -164,10 +164,14 @@ def load_artifact(
         manifest = verified.manifest
         graph = _choose_graph(manifest, backend, device)
         _load_operators(graph)
-        scripted = _load_torchscript(manifest, graph, verified.contents[graph.path])
-        scripted.weights = verified.weights.map()
+        weights = verified.weights.map()
+        run: Callable[..., torch.Tensor]
+        if graph.backend == "torchscript":
+            run = load_torchscript(manifest, graph, verified.contents[graph.path], weights)
+        else:
+            run = load_aot_inductor(manifest, graph, Path(path), weights)
         vocabularies = {table: Vocabulary(file) for table, file in verified.vocabularies.items()}
-    artifact = Artifact(manifest, scripted, invalid_ids, vocabularies)
+    artifact = Artifact(manifest, run, invalid_ids, vocabularies)
     artifact.warm_up(graph.path)
     return artifact
 
@@ -184,47 +188,4 @@ def _load_operators(graph: Graph) -> None:
     try:
         load_operators(graph.operator_libraries)
     except GraphError as error:
-        raise GraphError(f"{graph.path} {error}; {_versions(graph)}") from error
-
-
-def _load_torchscript(manifest: Manifest, graph: Graph, data: bytes) -> torch.jit.ScriptModule:
-    try:
-        scripted: torch.jit.ScriptModule = torch.jit.load(io.BytesIO(data), map_location="cpu")
-    except (RuntimeError, MemoryError) as error:
-        raise GraphError(f"{graph.path} cannot be loaded: {_last_line(error)}; {_versions(graph)}") from error
-    weights = getattr(scripted, "weights", None)
-    if not isinstance(weights, torch.Tensor) or weights.dtype is not torch.uint8:
-        raise GraphError(
-            f"{graph.path} has no uint8 attribute 'weights' to attach the rows to; build the artifact again"
-        )
-    for name, expected in _graph_attributes(manifest).items():
-        found = getattr(scripted, name, None)
-        found = found.tolist() if isinstance(found, torch.Tensor) else found
-        if found != expected:
-            raise GraphError(
-                f"{graph.path} was built for other rows: its {name} is {found}, the manifest says {expected}"
-            )
-    return scripted
-
-
-def _graph_attributes(manifest: Manifest) -> dict[str, Any]:
-    """What the graph must hold to read these rows and no others, by attribute."""
-    tables = [manifest.table[feature.table] for feature in manifest.features]
-    ends = itertools.accumulate((table.embedding_dim for table in tables), initial=0)
-    return {
-        "weights_bytes": manifest.weights_bytes,
-        "weights_offsets": [table.offset_bytes for table in tables],
-        "weights_types": [ROW_FORMATS[table.serving_precision].sparse_type for table in tables],
-        "num_embeddings": [table.num_embeddings for table in tables],
-        "dim_offsets": list(ends),
-        "is_mean": [[feature.pooling == "mean"] for feature in manifest.features],
-        "is_weighted": [feature.weighted for feature in manifest.features],
-    }
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
-
-
-def _versions(graph: Graph) -> str:
-    return f"it was built with torch {graph.torch} and FBGEMM {graph.fbgemm_gpu}, this is torch {torch.__version__}"
+        raise GraphError(f"{graph.path} {error}; {versions(graph)}") from error

@@ -23,6 +23,7 @@ from runtime_py.errors import ManifestError, UnknownFieldError, UnknownFormatVer
 from runtime_py.tensor_file import encode_header
 
 __all__ = [
+    "AOT_INDUCTOR_FILES",
     "FORMAT_VERSION",
     "MANIFEST",
     "ROW_FORMATS",
@@ -49,6 +50,10 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights/tables.safetensors"
 SLOT_BYTES = 16
+# The library, and what torch's loader reads beside it, in the folders where that looks.
+AOT_INDUCTOR_FILES = tuple(
+    f"data/aotinductor/model/lookup.wrapper{ending}" for ending in (".so", ".json", "_metadata.json")
+)
 
 Json = dict[str, Any]
 
@@ -178,14 +183,26 @@ class Output:
 
 @dataclass(frozen=True)
 class Graph:
-    """One exported form of the lookup, and what it needs from the machine that runs it."""
+    """One exported form of the lookup, and what it needs from the machine that runs it.
 
-    backend: Literal["torchscript"]
+    `path` is its file or, of an AOTInductor graph, the folder of its `AOT_INDUCTOR_FILES`; `isa` is the instruction set that
+    the latter was compiled for, and null for others.
+    """
+
+    backend: Literal["torchscript", "aot_inductor"]
     target: Literal["cpu"]
     path: str
     operator_libraries: list[str]
     torch: str
     fbgemm_gpu: str
+    isa: str | None = None
+
+    @property
+    def files(self) -> list[str]:
+        """The paths of its files in the artifact."""
+        if self.backend == "aot_inductor":
+            return [f"{self.path}/{name}" for name in AOT_INDUCTOR_FILES]
+        return [self.path]
 
 
 @dataclass(frozen=True)
@@ -306,6 +323,10 @@ class Manifest:
     def file(self) -> dict[str, File]:
         """The files by path."""
         return {file.path: file for file in self.files}
+
+    def graph_bytes(self, graph: Graph) -> int:
+        """The bytes of all files of a graph."""
+        return sum(self.file[path].bytes for path in graph.files)
 
     @cached_property
     def mapped(self) -> set[str]:
@@ -518,8 +539,13 @@ def _check_consistency(manifest: Manifest) -> None:
         if not getattr(manifest, name):
             raise ManifestError(f"{name}: an artifact has at least one")
     for graph in manifest.graphs:
-        if graph.path not in manifest.file or graph.path in manifest.mapped:
-            raise ManifestError(f"graph '{graph.backend}': '{graph.path}' is not among the files")
+        for path in graph.files:
+            if path not in manifest.file or path in manifest.mapped:
+                raise ManifestError(f"graph '{graph.backend}': '{path}' is not among the files")
+        if (graph.isa is not None) != (graph.backend == "aot_inductor"):
+            raise ManifestError(
+                f"graph '{graph.backend}': isa is {graph.isa!r}; AOTInductor graphs have one, others none"
+            )
         for library in graph.operator_libraries:
             if not _LIBRARY.fullmatch(library):
                 raise ManifestError(f"graph '{graph.backend}': {library!r} is no library name")

@@ -614,14 +614,7 @@ def test_weights_with_mean_pooling_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line", "key", "value", "built"),
     [
-        (
-            release_with("serving:\n  graphs: [torchscript, aot_inductor]"),
-            10,
-            "serving.graphs[1]",
-            "aot_inductor",
-            "torchscript",
-        ),
-        (release_with("serving:\n  graphs: [onnx]"), 10, "serving.graphs[0]", "onnx", "torchscript"),
+        (release_with("serving:\n  graphs: [onnx]"), 10, "serving.graphs[0]", "onnx", "torchscript, aot_inductor"),
         (release_with("serving:\n  targets:\n    - cpu\n    - cuda"), 12, "serving.targets[1]", "cuda", "cpu"),
     ],
     ids=label,
@@ -702,6 +695,16 @@ def test_auto_without_what_it_needs_is_refused(tmp_path: Path, text: str, key: s
 def test_a_byte_budget_that_is_no_size_is_refused(tmp_path: Path, size: str) -> None:
     message = refusal(tmp_path, release_with(f"serving: {{precision: auto, auto: {{max_bytes: {size}}}}}"))
     assert ": serving.auto.max_bytes: " in message
+
+
+def test_torchscript_is_among_the_graphs_since_loaders_run_it_by_default(tmp_path: Path) -> None:
+    message = refusal(tmp_path, release_with("serving: {graphs: [aot_inductor]}"))
+    assert message.endswith(
+        ": serving.graphs: expected torchscript among the graphs: it is what the loader runs by default"
+    )
+    config = load(tmp_path, release_with("serving: {graphs: [torchscript, aot_inductor], isa: x86-64-v4}"))
+    assert config.serving.isa == "x86-64-v4"
+    assert "'x86-64-v3' or 'x86-64-v4'" in refusal(tmp_path, release_with("serving: {isa: native}"))
 
 
 @pytest.mark.parametrize("mode", ["train", "evaluate"])

@@ -235,6 +235,7 @@ def test_a_missing_field_is_refused_at_every_level(document: Document) -> None:
 
 NULLABLE = (
     "step",
+    "isa",
     "relative_l2",
     "row_relative_l2",
     "mean_cosine",
@@ -257,7 +258,7 @@ def test_a_wrong_type_is_refused_at_every_level(document: Document) -> None:
     for path, value in walk(document):
         if not path or path == ("format_version",):
             continue
-        kind = int if path[-1] == "step" else type(value)
+        kind = {"step": int, "isa": str}.get(str(path[-1]), type(value))
         for wrong in WRONG[kind]:
             if path[-1] in NULLABLE and wrong is None:
                 continue
@@ -282,7 +283,7 @@ def test_a_step_may_be_a_number_or_null(document: Document) -> None:
     [
         (("tables", 0, "serving_precision"), "fp8", "['fp32', 'fp16', 'int8', 'int4', 'int2']"),
         (("features", 0, "pooling"), "max", "['sum', 'mean']"),
-        (("graphs", 0, "backend"), "TorchScript", "['torchscript']"),
+        (("graphs", 0, "backend"), "TorchScript", "['torchscript', 'aot_inductor']"),
         (("graphs", 0, "target"), "tpu", "['cpu']"),
     ],
 )
@@ -503,6 +504,16 @@ CONTRADICTIONS: list[tuple[str, Edit, str]] = [
     ("output key", put("outputs", 0, "key", value="users"), "outputs do not follow from the features"),
     ("missing output", lambda document: document["outputs"].pop(), "outputs do not follow from the features"),
     ("order of outputs", lambda document: document["outputs"].reverse(), "outputs do not follow from the features"),
+    (
+        "isa of a graph that is not compiled",
+        put("graphs", 0, "isa", value="x86-64-v3"),
+        "graph 'torchscript': isa is 'x86-64-v3'; AOTInductor graphs have one, others none",
+    ),
+    (
+        "folder of a compiled graph",
+        put("graphs", 0, "backend", value="aot_inductor"),
+        "graph 'aot_inductor': 'graphs/lookup.torchscript.pt/data/aotinductor/model/lookup.wrapper.so' is not among",
+    ),
     ("weighted", put("weighted", value=True), "weighted is True, and the features say otherwise"),
     (
         "weighted feature",

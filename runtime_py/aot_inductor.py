@@ -1,0 +1,125 @@
+"""Loads an AOTInductor graph: a shared library, compiled for an instruction set, whose constants lie outside of it.
+
+The rows are one of these constants, fed as they are mapped, without a copy; all others are small, and follow from the
+manifest. torch does not check what it is fed: sizes and types are right here or nowhere. The library is opened by its
+path, in the folder of the artifact: torch writes nothing to a temporary folder then.
+"""
+
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from runtime_py.errors import GraphError, UnsupportedError
+from runtime_py.manifest import ROW_FORMATS, Graph, Manifest
+from runtime_py.torchscript import last_line, versions
+
+__all__ = ["HOST", "check_isa", "load_aot_inductor", "make_constants"]
+
+HOST = 3  # fbgemm EmbeddingLocation.HOST: rows are read from `weights` in host memory
+_MODEL = "model"  # what torch calls the one model of a package
+_MOST_RUNNERS = 16  # each serves a thread at a time
+
+# The flags of /proc/cpuinfo that the levels of the x86-64 psABI add to the one before (v1 and v2 are older than AVX).
+_V3 = {
+    "avx",
+    "avx2",
+    "bmi1",
+    "bmi2",
+    "f16c",
+    "fma",
+    "abm",
+    "movbe",
+    "xsave",
+    "sse4_1",
+    "sse4_2",
+    "ssse3",
+    "popcnt",
+    "cx16",
+}
+_FLAGS = {
+    "x86-64-v3": _V3,
+    "x86-64-v4": _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+}
+
+
+def check_isa(isa: str) -> None:
+    """Makes sure that this machine has an instruction set, before code that needs it is opened.
+
+    Raises:
+        UnsupportedError: it does not, or nobody here knows that set.
+    """
+    if isa not in _FLAGS:
+        raise UnsupportedError(f"instruction set '{isa}' is unknown; known: {', '.join(_FLAGS)}")
+    missing = sorted(_FLAGS[isa] - _cpu_flags())
+    if missing:
+        raise UnsupportedError(f"needs a CPU of {isa}; this one lacks {', '.join(missing)}")
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError as error:
+        raise UnsupportedError(f"cannot tell what this CPU has: /proc/cpuinfo: {error.strerror}") from error
+    return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
+
+
+def make_constants(manifest: Manifest, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Every constant that the lookup may have, by name: `weights`, and what says how to read them."""
+    tables = [manifest.table[feature.table] for feature in manifest.features]
+    dims = [table.embedding_dim for table in tables]
+    columns = [feature for feature, dim in enumerate(dims) for _ in range(dim)]
+    any_mean = any(feature.pooling == "mean" for feature in manifest.features)
+
+    def tensor(values: object, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device="cpu")  # whatever the process's default device
+
+    return {
+        "weights": weights,
+        "weights_placements": tensor([HOST] * len(tables), torch.int32),
+        "weights_offsets": tensor([table.offset_bytes for table in tables], torch.int64),
+        "weights_types": tensor([ROW_FORMATS[table.serving_precision].sparse_type for table in tables], torch.uint8),
+        "dim_offsets": tensor(list(itertools.accumulate(dims, initial=0)), torch.int32),
+        "num_embeddings": tensor([table.num_embeddings for table in tables], torch.int64),
+        "is_mean": tensor([[feature.pooling == "mean"] for feature in manifest.features], torch.bool),
+        "is_weighted": tensor([feature.weighted for feature in manifest.features], torch.bool),
+        "column_features": tensor(columns if any_mean else [], torch.int64),
+    }
+
+
+def load_aot_inductor(
+    manifest: Manifest, graph: Graph, artifact: Path, weights: torch.Tensor
+) -> Callable[..., torch.Tensor]:
+    """The graph in its folder of `artifact`, looking rows up in `weights`, uint8.
+
+    Raises:
+        UnsupportedError: this machine lacks the instructions.
+        GraphError: it cannot be loaded, or has constants that the manifest says nothing of.
+    """
+    try:
+        check_isa(str(graph.isa))
+    except UnsupportedError as error:
+        raise UnsupportedError(
+            f"{graph.path} {error}; use the backend torchscript, or build with another isa"
+        ) from None
+    constants = make_constants(manifest, weights)
+    try:
+        # The class that torch's own loader wraps; that one would first import the compiler.
+        runners = min(_MOST_RUNNERS, os.cpu_count() or 1)
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(artifact / graph.path), _MODEL, False, runners, -1)
+        names = loader.get_constant_fqns()
+        unknown = sorted(set(names) - constants.keys())
+        if unknown or "weights" not in names:
+            raise GraphError(f"{graph.path} was built for other rows: its constants are {', '.join(sorted(names))}")
+        loader.load_constants({name: constants[name] for name in names}, False, True, True)  # in use, all, not copied
+    except RuntimeError as error:
+        raise GraphError(f"{graph.path} cannot be loaded: {last_line(error)}; {versions(graph)}") from error
+
+    def run(*inputs: torch.Tensor) -> torch.Tensor:
+        [pooled] = loader.boxed_run([tensor.contiguous() for tensor in inputs])  # it reads them as if they were
+        return pooled
+
+    run.constants = constants  # type: ignore[attr-defined]  # the graph has their addresses, and this keeps them alive
+    return run

@@ -1,0 +1,177 @@
+"""The AOTInductor graph: the same answers as TorchScript over the same mapping, and refusals before anything is opened."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from support import make_rows, run_export, state_dict, write_config
+
+from export import build_artifact
+from export.aot_inductor import _unpack
+from export.errors import ConfigError, ExportError
+from export.golden import read_cases
+from runtime_py import DigestMismatchError, GraphError, UnsupportedError, aot_inductor, load_artifact, verify_artifact
+from runtime_py.manifest import AOT_INDUCTOR_FILES
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile the graph with"),
+]
+
+TABLES = [
+    {"name": "a", "num_embeddings": 500, "embedding_dim": 64, "data_type": "fp32", "serving_precision": "int8"},
+    {
+        "name": "b",
+        "num_embeddings": 30,
+        "embedding_dim": 8,
+        "data_type": "fp16",
+        "serving_precision": "int4",
+        "pooling": "mean",
+        "feature_names": ["b", "last_b"],
+    },
+    {"name": "c", "num_embeddings": 9, "embedding_dim": 16, "data_type": "fp32", "serving_precision": "int2"},
+    {"name": "d", "num_embeddings": 40, "embedding_dim": 3, "data_type": "fp32", "weighted": True},
+    {"name": "e", "num_embeddings": 1, "embedding_dim": 5, "data_type": "fp32", "serving_precision": "fp32"},
+]
+LIBRARY = f"graphs/lookup.cpu/{AOT_INDUCTOR_FILES[0]}"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("aot")
+    torch.save(state_dict(make_rows(TABLES, seed=2)), folder / "s.pt")
+    serving = {"graphs": ["torchscript", "aot_inductor"]}
+    return build_artifact(
+        write_config(folder / "r.yaml", folder / "s.pt", TABLES, serving=serving), folder / "artifact", workers=1
+    )
+
+
+def test_both_graphs_went_through_the_gate_and_take_less_than_4_mb(built):
+    manifest = built.manifest
+    assert [(graph.backend, graph.isa) for graph in manifest.graphs] == [
+        ("torchscript", None),
+        ("aot_inductor", "x86-64-v3"),
+    ]
+    cases = json.loads((built.artifact / "reports/parity.json").read_text())["cases"]
+    assert {case["graph"] for case in cases} == {"torchscript for cpu", "aot_inductor for cpu"}
+    assert sum(file.bytes for file in manifest.files) - manifest.weights_bytes < 4_000_000
+    listed = [file.path for file in manifest.files if file.path.startswith("graphs/lookup.cpu/")]
+    assert listed == [f"graphs/lookup.cpu/{name}" for name in AOT_INDUCTOR_FILES]
+    assert "aot_inductor for cpu (x86-64-v3), " in run_export("inspect", built.artifact).stdout
+
+
+def test_it_answers_the_golden_cases_bit_for_bit_on_many_threads(built):
+    loaded = load_artifact(built.artifact, backend="aot_inductor", invalid_ids="zero")
+    cases = read_cases(built.artifact)
+
+    def replay(_):
+        for case in cases.values():
+            pooled = loaded.lookup(*case.request)
+            assert torch.equal(pooled.view(torch.int32), case.pooled.view(torch.int32))
+        return len(cases)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(replay, range(200))) == {7}
+
+
+@pytest.mark.parametrize("bags", [0, 1, 2, 500])
+def test_any_number_of_bags_and_ids_is_answered_as_by_torchscript(built, bags):
+    artifacts = [load_artifact(built.artifact, backend=backend) for backend in ("torchscript", "aot_inductor")]
+    rows = {table["name"]: table["num_embeddings"] for table in TABLES}
+    generator = torch.Generator().manual_seed(bags)
+    features = artifacts[0].manifest.features
+    lengths = torch.randint(0, 4, (len(features) * bags,), generator=generator, dtype=torch.int32)
+    counts = lengths.view(len(features), -1).sum(1).tolist()
+    values = torch.cat(
+        [torch.randint(0, rows[f.table], (n,), generator=generator) for f, n in zip(features, counts, strict=True)]
+    )
+    weights = torch.randn(len(values), generator=generator)
+    first, second = (artifact.lookup(values, lengths, weights) for artifact in artifacts)
+    assert torch.equal(first.view(torch.int32), second.view(torch.int32))
+
+
+def test_a_server_maps_the_rows_once_writes_no_temporary_file_and_imports_no_compiler(built):
+    program = """
+import os, sys, tempfile
+before = set(os.listdir(tempfile.gettempdir()))
+from runtime_py import load_artifact
+artifacts = [load_artifact(sys.argv[1], backend=name) for name in ("aot_inductor",)]
+print(len(set(os.listdir(tempfile.gettempdir())) - before))
+print(sum("tables.safetensors" in line for line in open("/proc/self/maps")))
+print(any(name.startswith(("torch._inductor.codecache", "torch._dynamo", "fbgemm_gpu")) for name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", program, built.artifact], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "1", "False"]
+
+
+def test_an_instruction_set_that_the_cpu_lacks_is_refused_before_the_library_is_opened(built, monkeypatch):
+    monkeypatch.setattr(aot_inductor, "_cpu_flags", lambda: aot_inductor._FLAGS["x86-64-v3"] - {"fma", "avx2"})
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", None)  # would be called to open it
+    with pytest.raises(
+        UnsupportedError, match=r"graphs/lookup.cpu needs a CPU of x86-64-v3; this one lacks avx2, fma; use"
+    ):
+        load_artifact(built.artifact, backend="aot_inductor")
+    assert load_artifact(built.artifact).manifest == built.manifest
+
+
+def test_a_build_for_an_instruction_set_that_this_machine_lacks_is_one_line(tmp_path, monkeypatch):
+    torch.save(state_dict(make_rows(TABLES, seed=2)), tmp_path / "s.pt")
+    serving = {"graphs": ["torchscript", "aot_inductor"], "isa": "x86-64-v4"}
+    config = write_config(tmp_path / "r.yaml", tmp_path / "s.pt", TABLES, serving=serving)
+    monkeypatch.setattr(aot_inductor, "_cpu_flags", lambda: aot_inductor._FLAGS["x86-64-v3"])
+    with pytest.raises(ConfigError, match=r"serving.isa: needs a CPU of x86-64-v4; this one lacks avx512bw"):
+        build_artifact(config, tmp_path / "artifact", workers=1)
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(
+        ConfigError, match=r"aot_inductor needs a C\+\+ compiler to build \(not to serve\); install g\+\+"
+    ):
+        build_artifact(config, tmp_path / "artifact", workers=1)
+    assert sorted(os.listdir(tmp_path)) == ["r.yaml", "s.pt"]
+
+
+@pytest.mark.parametrize("name", AOT_INDUCTOR_FILES)
+def test_a_damaged_file_of_the_package_is_refused_by_name(built, tmp_path, name):
+    copy = Path(shutil.copytree(built.artifact, tmp_path / "artifact"))
+    path = copy / "graphs/lookup.cpu" / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DigestMismatchError, match=name.rpartition("/")[2]):
+        load_artifact(copy, backend="aot_inductor")
+
+
+def test_a_library_that_is_none_is_one_clear_error(built, tmp_path, monkeypatch):
+    copy = Path(shutil.copytree(built.artifact, tmp_path / "artifact"))
+    (copy / LIBRARY).write_bytes(bytes((copy / LIBRARY).stat().st_size))
+    monkeypatch.setattr("runtime_py.verify._check_contents", lambda *_: None)
+    with pytest.raises(GraphError, match=r"graphs/lookup.cpu cannot be loaded: .*it was built with torch "):
+        load_artifact(copy, backend="aot_inductor")
+
+
+def test_an_artifact_without_the_graph_says_what_it_has(built_artifact):
+    with pytest.raises(UnsupportedError, match="no graph 'aot_inductor' for device 'cpu'; it has: torchscript for cpu"):
+        load_artifact(built_artifact, backend="aot_inductor")
+
+
+@pytest.mark.parametrize("name", ["/etc/lookup.wrapper.so", "a/../../b.wrapper.so", "..\\c.wrapper.so"])
+def test_a_package_that_leaves_its_folder_is_refused(tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "l.pt2", "w") as archive:
+        archive.writestr(name, b"")
+    with pytest.raises(ExportError, match="torch packed a file that leaves its folder"):
+        _unpack(tmp_path / "l.pt2", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_artifact_id_tells_kinds_of_graphs_apart_and_not_compilations(built, tmp_path):
+    torch.save(state_dict(make_rows(TABLES, seed=2)), tmp_path / "s.pt")
+    one = build_artifact(write_config(tmp_path / "r.yaml", tmp_path / "s.pt", TABLES), tmp_path / "one", workers=1)
+    assert one.manifest.artifact_id != built.manifest.artifact_id
+    assert verify_artifact(built.artifact).artifact_id == built.manifest.artifact_id
