@@ -24,7 +24,8 @@ from export.plan import Clock, ReleasePlan, plan_release
 from export.progress import NoProgress, Progress
 from export.publish import Staging, publish, refuse_existing, staged, write_file, writing
 from export.ranks import joined_ranks
-from export.report import BuildFigures, ReportData, peak_memory_bytes, render_html, render_markdown
+from export.report import render_html, render_markdown
+from export.report_data import BuildFigures, ReportData, peak_memory_bytes
 from export.rows import help_with_rows, prepare_rows, write_rows
 from export.storage import drop_copies, redact
 from export.table_report import TableReport, report_tables

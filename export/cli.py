@@ -153,7 +153,8 @@ def report(
     ] = None,
 ) -> None:
     """Write an artifact's report again, to a file outside of it, with the figures of a task."""
-    from export.report import read_report_data, render_html
+    from export.report import render_html
+    from export.report_data import read_report_data
 
     output.write_text(render_html(read_report_data(artifact, evaluation)), encoding="utf-8")
     _write(f"{output}\n")

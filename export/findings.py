@@ -6,14 +6,12 @@ The page and the summary are two views of the same `Findings`, so that they cann
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from export.config import Budget
 from export.numerals import cosine, count, coverage, number, percent, signed
+from export.report_data import ReportData
 from runtime_py.manifest import Table
-
-if TYPE_CHECKING:
-    from export.report import ReportData
 
 __all__ = [
     "FIGURES",
@@ -190,7 +188,7 @@ class Findings:
         return [gate for table in self.tables for gate in table.gates]
 
 
-def find(data: "ReportData") -> Findings:
+def find(data: ReportData) -> Findings:
     """Holds what was measured against what it must keep to."""
     manifest = data.manifest
     configured = manifest.provenance.configuration

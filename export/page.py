@@ -11,7 +11,7 @@ from export import numerals
 from export.charts import Bar, draw_bars, draw_histogram, histogram_range
 from export.findings import FIGURES, SUBJECTS_SHOWN, Findings, TableFindings, difference, figure, find
 from export.numerals import duration, percent, size
-from export.report import ReportData
+from export.report_data import ReportData
 
 __all__ = ["render_page"]
 

@@ -1,96 +1,12 @@
 """The report of a build, for people: a page to read before shipping, and a summary for a pull request.
 
-Both say no more than the artifact's JSON does: `findings` holds its figures against their budgets, and `page` and
-`summary` are two views of that. They are imported when a report is made, since matplotlib takes its time.
+`findings` holds the figures against their budgets, and `page` and `summary` are two views of that. They are imported when a
+report is made, since matplotlib takes its time.
 """
 
-import json
-import resource
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from export.report_data import ReportData
 
-from export.errors import ExportError
-from runtime_py.manifest import Manifest, read_manifest
-
-__all__ = ["BuildFigures", "ReportData", "peak_memory_bytes", "read_report_data", "render_html", "render_markdown"]
-
-
-@dataclass(frozen=True)
-class BuildFigures:
-    """What a build took: seconds by phase and, of the rows phase, by stage, summed over workers; the peak of resident memory.
-
-    `workers` threads of each of `processes`; `peak_memory_bytes` is of the process that published, mapped pages included.
-    """
-
-    seconds: dict[str, float]
-    stage_seconds: dict[str, float]
-    peak_memory_bytes: int
-    workers: int
-    processes: int
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that this process has had resident, pages of mapped files included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@dataclass(frozen=True)
-class ReportData:
-    """What a report is made of.
-
-    Attributes:
-        manifest: the artifact's.
-        accuracy: `tables` of `reports/accuracy.json`.
-        cases: `cases` of `reports/parity.json`; those with a `graph` are shown by graph.
-        build: `reports/build.json`, a `BuildFigures`.
-        vocabularies: `tables` of `reports/vocabulary.json`, if any.
-        evaluation: a task-level evaluation as `evaluation.read_evaluation` gives it.
-    """
-
-    manifest: Manifest
-    accuracy: list[dict[str, Any]]
-    cases: list[dict[str, Any]]
-    build: dict[str, Any]
-    vocabularies: list[dict[str, Any]]
-    evaluation: dict[str, Any] | None = None
-
-
-def read_report_data(artifact: Path, evaluation: Path | None = None) -> ReportData:
-    """Reads what a published artifact says of itself and, from a file beside it, a task-level evaluation.
-
-    Raises:
-        ManifestError: the folder is no artifact.
-        ExportError: a report is missing or damaged.
-        ConfigError: the evaluation is unreadable, or not what `evaluation.read_evaluation` expects.
-    """
-    manifest = read_manifest(artifact)
-    if evaluation is not None:
-        from export.evaluation import read_evaluation
-
-    def read(name: str) -> dict[str, Any]:
-        path = artifact / "reports" / f"{name}.json"
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ExportError(f"{path}: cannot be read: {error.strerror}; build the artifact again") from error
-        except (ValueError, RecursionError) as error:
-            raise ExportError(f"{path}: is damaged: not UTF-8 JSON: {error}; build the artifact again") from error
-        if not isinstance(document, dict):
-            raise ExportError(f"{path}: is damaged: expected an object; build the artifact again")
-        return document
-
-    try:
-        return ReportData(
-            manifest=manifest,
-            accuracy=read("accuracy")["tables"],
-            cases=read("parity")["cases"],
-            build=read("build"),
-            vocabularies=read("vocabulary")["tables"] if manifest.vocabularies else [],
-            evaluation=None if evaluation is None else read_evaluation(evaluation),
-        )
-    except KeyError as error:
-        raise ExportError(f"{artifact}/reports: {error} is missing; build the artifact again") from error
+__all__ = ["render_html", "render_markdown"]
 
 
 def render_html(data: ReportData) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from export.findings import SUBJECTS_SHOWN, Findings, Flag, difference, find
 from export.numerals import cosine, count, duration, number, percent, plain, size
-from export.report import ReportData
+from export.report_data import ReportData
 
 __all__ = ["render_summary"]
 

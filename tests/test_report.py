@@ -20,7 +20,8 @@ from export.accuracy import check_budget
 from export.config import Budget
 from export.errors import ConfigError, ExportError
 from export.findings import FIGURES, Gate, find
-from export.report import ReportData, read_report_data, render_html, render_markdown
+from export.report import render_html, render_markdown
+from export.report_data import ReportData, read_report_data
 from runtime_py.digests import ROWS, SHA256, TABLES, ZEROED, Digest
 from runtime_py.manifest import (
     ROW_FORMATS,
