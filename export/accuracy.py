@@ -40,6 +40,7 @@ _SHOWN_ROWS = 10
 _DOMINANT = 0.9  # of a row's squared norm: what one value has in an outlier row
 _LEAST_SQUARE = 1e-30  # of a stored row beside its trained one, so that no rounding makes it negative
 _SAFE_SQUARES = (1e-30, 1e30)  # squared norms that float32 adds up without leaving its range
+_OF_RATED_ROWS = ("row_relative_l2", "mean_cosine", "worst_cosine")  # figures that have no value where all rows vanish
 _DIGITS = 9  # of a figure: what the order in which float64 sums are added up cannot change
 
 # Rows are counted by their relative L2 error in half octaves: bin k holds 2**(k / 2) <= error < 2**((k + 1) / 2), the first
@@ -59,6 +60,11 @@ class ProbeRows:
     ids: np.ndarray
     trained: torch.Tensor
     stored: torch.Tensor
+
+    def only(self, ids: np.ndarray) -> "ProbeRows":
+        """Those of some of the ids, ascending."""
+        places = torch.from_numpy(np.searchsorted(self.ids, ids))
+        return ProbeRows(ids, self.trained[places], self.stored[places])
 
 
 @dataclass
@@ -104,10 +110,10 @@ class ErrorSums:
         return math.sqrt(self.error_square / self.square) if self.square > 0 else None
 
     def relative_square(self) -> float:
-        """The mean over rated rows of ||e||^2 / ||x||^2, by access where it was counted; 0 where there are none."""
+        """The mean over rated rows of ||e||^2 / ||x||^2, by access where it was counted; without any, 1 if rows vanished."""
         if self.accessed > 0:
             return self.accessed_relative / self.accessed
-        return self.relative / self.rated_rows if self.rated_rows else 0.0
+        return self.relative / self.rated_rows if self.rated_rows else float(self.vanished_rows > 0)
 
     def row_relative_l2(self) -> float | None:
         """The root mean square over rated rows of ||e|| / ||x||."""
@@ -472,6 +478,11 @@ def check_budget(accuracy: TableAccuracy, budget: Budget) -> list[str]:
     for name, limit in budget:
         figure_name = Budget.FIGURES.get(name, name)
         figure = figures[figure_name]
+        if limit is not None and figure is None and accuracy.vanished_rows and figure_name in _OF_RATED_ROWS:
+            lines.append(
+                f"table '{accuracy.table}': {figure_name} has no value, as all rows that are not zero vanish; its budget is "
+                f"{name}: {limit:g} ({accuracy.serving_precision}); choose a wider serving_precision or another budget"
+            )
         if limit is None or figure is None:
             continue
         least = name.startswith("min_")

@@ -29,9 +29,8 @@ from export.accuracy import (
 from export.config import EmbeddingBagConfig, Precision, ReleaseConfig
 from export.errors import GateError
 from export.progress import Progress
-from export.quantize import convert_rows, new_rows, row_format, serving_precision, storable
+from export.quantize import convert_rows, describe_unstorable, new_rows, row_format, serving_precision, storable
 from export.snapshots import TableRows
-from runtime_py.digests import chunk_rows
 from runtime_py.manifest import PrecisionChoice, TableAccuracy
 from runtime_py.parallel import map_ordered
 
@@ -94,16 +93,17 @@ def measure_candidates(
         config: the release, for its budgets.
         tables: what to read.
         workers: threads.
-        sample: every how many chunks of some MiB one is read; 1 reads all rows.
+        sample: of every so many blocks (`block_rows`) one is read; 1 reads all rows.
         progress: is told of bytes as trained.
 
     Raises:
         AccessCountsError: counts cannot be read, or do not fit their table.
         SnapshotError: rows cannot be read.
+        RowsError: a table has values that none of its precisions can store.
         GateError: a stored value is not what the independent reference makes of the trained one.
     """
     threads = torch.get_num_threads()
-    progress.start({table.config.name: table.rows.bytes // sample for table in tables})
+    progress.start({table.config.name: _bytes_to_read(table.rows, _starts(table.rows, sample)) for table in tables})
     candidates = {}
     try:
         for table in tables:
@@ -119,8 +119,8 @@ def _measure_table(
     name, rows, precisions = table.config.name, table.rows, table.precisions
     ids = np.unique(np.concatenate(table.bags))
     limits = {value: outlier_limit(value, config.budgets(table.config, value)) for value in precisions}
-    step = chunk_rows(rows.embedding_dim * rows.dtype.itemsize)
-    starts = range(0, rows.num_embeddings, step * sample)
+    step = block_rows(rows.embedding_dim)  # the grid by which a build samples, too
+    starts = _starts(rows, sample)
     groups = [starts[first : first + _GROUP_CHUNKS] for first in range(0, len(starts), _GROUP_CHUNKS)]
     with ExitStack() as stack:
         counts = None
@@ -156,11 +156,24 @@ def _measure_table(
                 totals[value].merge(part)
             seen += some
             picked += trained
-            done = sum(min(step, rows.num_embeddings - start) for start in group)
-            progress.advance(name, done * rows.embedding_dim * rows.dtype.itemsize)
+            progress.advance(name, _bytes_to_read(rows, group))
+    if not any(part.stored for part in totals.values()):
+        raise describe_unstorable(name, rows.chunks(range(0, rows.num_embeddings, step)), precisions[0])
     found = np.concatenate([ids[:0], *seen])
     trained_rows = torch.cat([torch.empty(0, rows.embedding_dim), *picked])
     return [_candidate(config, table, value, totals[value], sample, found, trained_rows) for value in precisions]
+
+
+def _starts(rows: TableRows, sample: int) -> range:
+    """The first rows of the blocks that are read."""
+    return range(0, rows.num_embeddings, block_rows(rows.embedding_dim) * sample)
+
+
+def _bytes_to_read(rows: TableRows, starts: range) -> int:
+    """What the blocks at `starts` take as trained."""
+    step = block_rows(rows.embedding_dim)
+    count = sum(min(step, rows.num_embeddings - start) for start in starts)
+    return count * rows.embedding_dim * rows.dtype.itemsize
 
 
 def _chunks(rows: TableRows, starts: range, step: int) -> Iterator[tuple[int, torch.Tensor]]:
@@ -311,9 +324,24 @@ def _solve(fit: Mapping[str, Sequence[Candidate]], accesses: Mapping[str, float]
             options={"mip_rel_gap": 0.0},
         )
         if solution.x is None:  # only within the tolerance of the smallest choice: take that
-            return {name: min(kept, key=lambda entry: entry.bytes) for name, kept in fit.items()}
+            smallest = {name: min(kept, key=lambda entry: entry.bytes) for name, kept in fit.items()}
+            return _widen(smallest, fit, accesses, room)
         picked = {name: entry for (name, entry), taken in zip(entries, solution.x, strict=True) if taken > 0.5}
         over = sum(entry.bytes for entry in picked.values()) - room
         if over <= 0:
-            return picked
+            return _widen(picked, fit, accesses, room)
         limit -= over
+
+
+def _widen(
+    picked: dict[str, Candidate], fit: Mapping[str, Sequence[Candidate]], accesses: Mapping[str, float], room: int
+) -> dict[str, Candidate]:
+    """Spends bytes that are left on tables whose errors are too small beside others' for the solver to see."""
+    left = room - sum(entry.bytes for entry in picked.values())
+    for name in sorted(picked, key=lambda name: (-accesses[name] * picked[name].relative_square, name)):
+        now = picked[name]
+        better = [e for e in fit[name] if e.relative_square < now.relative_square and e.bytes - now.bytes <= left]
+        if better:
+            picked[name] = min(better, key=lambda entry: (entry.relative_square, entry.bytes))
+            left -= picked[name].bytes - now.bytes
+    return picked

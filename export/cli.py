@@ -156,7 +156,13 @@ def report(
     from export.report import render_html
     from export.report_data import read_report_data
 
-    output.write_text(render_html(read_report_data(artifact, evaluation)), encoding="utf-8")
+    if output.resolve().is_relative_to(artifact.resolve()):
+        raise ExportError(f"--output: {output} is inside the artifact, which never changes; name a file outside of it")
+    page = render_html(read_report_data(artifact, evaluation))
+    try:
+        output.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ExportError(f"--output: {output}: cannot be written: {error.strerror}") from error
     _write(f"{output}\n")
 
 

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin
 
 import torch
 from pydantic import (
@@ -271,6 +271,15 @@ class EmbeddingSnapshot(_Section):
     embedding_snapshot_uri: Annotated[str, Field(min_length=1)]
 
 
+_S = TypeVar("_S")
+
+
+def _two_columns(section: _S, first: str, second: str) -> _S:
+    if first == second:
+        raise PydanticCustomError(_OURS, f"expected two columns, got '{first}' for both")
+    return section
+
+
 class VocabularyConfig(_Section):
     """Which row belongs to which entity: a folder of parquet files, or one, with a column of ids and one of rows.
 
@@ -282,6 +291,10 @@ class VocabularyConfig(_Section):
     index: Annotated[str, Field(min_length=1)] = "index"
     min_coverage: Annotated[_Float, Field(ge=0.0, le=1.0)] = 0.0
 
+    @model_validator(mode="after")
+    def _columns_differ(self) -> Self:
+        return _two_columns(self, self.entity_id, self.index)
+
 
 class AccessCountsConfig(_Section):
     """How often each row was looked up: a folder of parquet files, or one, with a column of rows and one of counts.
@@ -292,6 +305,10 @@ class AccessCountsConfig(_Section):
     uri: Annotated[str, Field(min_length=1)]
     index: Annotated[str, Field(min_length=1)] = "index"
     count: Annotated[str, Field(min_length=1)] = "count"
+
+    @model_validator(mode="after")
+    def _columns_differ(self) -> Self:
+        return _two_columns(self, self.index, self.count)
 
 
 def _read_uri(value: object) -> object:
@@ -400,6 +417,13 @@ class Budget(_Section):
     }
 
 
+def _read_size(value: object) -> object:
+    fraction = isinstance(value, str) and "." in value and value.replace(".", "", 1).strip().isdigit()
+    if isinstance(value, bool | float) or fraction:
+        raise PydanticCustomError(_OURS, f"expected bytes, or a size with a unit such as '20 GB', got {value!r}")
+    return value
+
+
 class AutoConfig(_Section):
     """What `auto` has to keep to: figures of every table that is left to it, or the bytes of the whole artifact, or both.
 
@@ -408,7 +432,7 @@ class AutoConfig(_Section):
 
     max_relative_l2: _Ratio | None = None
     min_cosine: _Cosine | None = None
-    max_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
+    max_bytes: Annotated[Annotated[ByteSize, Field(gt=0)] | None, BeforeValidator(_read_size)] = None
     precisions: Annotated[list[_StoredPrecision], Field(min_length=1), AfterValidator(_unique)] = list(STORED)
 
     @property

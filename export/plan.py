@@ -33,6 +33,8 @@ __all__ = ["Clock", "Preview", "ReleasePlan", "plan_release", "preview_release"]
 _REQUESTS = 16  # tables to look for at a time: where the snapshot is remote, each waits for answers
 _GRAPHS_AND_REPORTS_BYTES = 192 << 10  # set aside of a byte budget, and so much for each table:
 _REPORT_BYTES_PER_TABLE = 16 << 10
+_BYTES_PER_FEATURE = 600  # in manifest, graph and page, and its name so many times:
+_NAMES_PER_FEATURE = 8
 _HEADER_BYTES = 200  # of a table's entry in the weight file's header, at most, without its name
 
 
@@ -117,9 +119,14 @@ def plan_release(config: ReleaseConfig, ranks: Ranks, workers: int, sample: int,
     auto = [table for table in tables if config.serving_precision(table) is Precision.AUTO]
     by_rank_0 = bool(auto) or any(table.access_counts for table in tables)
     if ranks.rank and by_rank_0:
-        told = json.loads(ranks.wait("choices", 0))
-        bags = {name: [np.array(bag, np.int64) for bag in found] for name, found in told["bags"].items()}
-        choices = [PrecisionChoice(**choice) for choice in told["choices"]]
+        choices = [PrecisionChoice(**choice) for choice in json.loads(ranks.wait("choices", 0))]
+        bags = {}
+        for number, table in enumerate(tables):
+            if table.access_counts:
+                told = json.loads(ranks.wait(f"bags {number}", 0))
+                bags[table.name] = [np.array(bag, np.int64) for bag in told]
+            else:
+                bags[table.name] = draw_bags(table, config.parity.seed)
     else:
         bags = {table.name: draw_bags(table, config.parity.seed) for table in tables}
         choices = []
@@ -129,8 +136,10 @@ def plan_release(config: ReleaseConfig, ranks: Ranks, workers: int, sample: int,
                 found = _measure(config, sources, bags, offered, workers, sample, clock.progress)
                 choices = _choose(config, found)
         if by_rank_0:
-            lists = {name: [bag.tolist() for bag in drawn] for name, drawn in bags.items()}
-            ranks.tell("choices", json.dumps({"bags": lists, "choices": [vars(choice) for choice in choices]}))
+            for number, table in enumerate(tables):
+                if table.access_counts:  # one by one: the store takes 8 MiB at most
+                    ranks.tell(f"bags {number}", json.dumps([bag.tolist() for bag in bags[table.name]]))
+            ranks.tell("choices", json.dumps([asdict(choice) for choice in choices]))
     chosen = {choice.table: Precision(choice.serving_precision) for choice in choices}
     precisions = {table.name: chosen.get(table.name, config.serving_precision(table)) for table in tables}
     weights = _lay_out(config, sources, cases, bags, precisions, sample)
@@ -218,6 +227,7 @@ def _other_bytes(config: ReleaseConfig) -> int:
     )
     total = header + _GRAPHS_AND_REPORTS_BYTES + _REPORT_BYTES_PER_TABLE * len(tables)
     for table in tables:
+        total += sum(_BYTES_PER_FEATURE + _NAMES_PER_FEATURE * len(name.encode()) for name in table.features)
         precision = config.serving_precision(table)
         if precision is not Precision.AUTO:
             total += table.num_embeddings * row_format(precision).row_bytes(table.embedding_dim)
@@ -302,7 +312,9 @@ def preview_release(config: ReleaseConfig, workers: int, sample: int, clock: Clo
         if precision is not Precision.AUTO:
             precisions[table.name] = precision
     picked = [entry for name, entries in found.items() for entry in entries if entry.precision is precisions.get(name)]
-    rows_of_auto = sum(entry.bytes for entry in picked if entry.accuracy is None or entry.accuracy.table in chosen)
+    rows_of_auto = sum(
+        entry.bytes for name, entries in found.items() for entry in entries if entry.precision is chosen.get(name)
+    )
     size = _other_bytes(config) + rows_of_auto
     seconds = sum(entry.seconds for entry in picked) + 2 * sum(entry.bytes for entry in picked) * _digest_seconds()
     return Preview(found, precisions, choices, refusal, size, round(seconds / workers, 3), sample, clock.seconds)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from export.errors import ExportError
+from runtime_py.digests import sha256
 from runtime_py.manifest import Manifest, read_manifest
 
 __all__ = ["BuildFigures", "ReportData", "peak_memory_bytes", "read_report_data"]
@@ -57,7 +58,7 @@ def read_report_data(artifact: Path, evaluation: Path | None = None) -> ReportDa
 
     Raises:
         ManifestError: the folder is no artifact.
-        ExportError: a report is missing or damaged.
+        ExportError: a report is missing, or is not the one that the manifest lists.
         ConfigError: the evaluation is unreadable, or not what `evaluation.read_evaluation` expects.
     """
     manifest = read_manifest(artifact)
@@ -67,23 +68,20 @@ def read_report_data(artifact: Path, evaluation: Path | None = None) -> ReportDa
     def read(name: str) -> dict[str, Any]:
         path = artifact / "reports" / f"{name}.json"
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            data = path.read_bytes()
         except OSError as error:
             raise ExportError(f"{path}: cannot be read: {error.strerror}; build the artifact again") from error
-        except (ValueError, RecursionError) as error:
-            raise ExportError(f"{path}: is damaged: not UTF-8 JSON: {error}; build the artifact again") from error
-        if not isinstance(document, dict):
-            raise ExportError(f"{path}: is damaged: expected an object; build the artifact again")
+        listed = manifest.file.get(f"reports/{name}.json")
+        if listed is None or sha256(data) != listed.digest:
+            raise ExportError(f"{path}: is not the one that the manifest lists; restore it or build the artifact again")
+        document: dict[str, Any] = json.loads(data)
         return document
 
-    try:
-        return ReportData(
-            manifest=manifest,
-            accuracy=read("accuracy")["tables"],
-            cases=read("parity")["cases"],
-            build=read("build"),
-            vocabularies=read("vocabulary")["tables"] if manifest.vocabularies else [],
-            evaluation=None if evaluation is None else read_evaluation(evaluation),
-        )
-    except KeyError as error:
-        raise ExportError(f"{artifact}/reports: {error} is missing; build the artifact again") from error
+    return ReportData(
+        manifest=manifest,
+        accuracy=read("accuracy")["tables"],
+        cases=read("parity")["cases"],
+        build=read("build"),
+        vocabularies=read("vocabulary")["tables"] if manifest.vocabularies else [],
+        evaluation=None if evaluation is None else read_evaluation(evaluation),
+    )

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,7 @@ class Piece:
 class WeightPlan:
     """A weight file to write: its header, its tables in configuration order, and the pieces in file order.
 
-    Every `sample`th chunk is measured, the first one always; all of them are compared with what they must be.
+    Every `sample`th block of a table is measured, the first one always; all are compared with what they must be.
     """
 
     def __init__(self, tables: Sequence[PlannedTable], sample: int = 1, snapshots: Sequence[Digest] = ()) -> None:
@@ -305,9 +306,11 @@ def _write_piece(fd: int, piece: Piece) -> PieceResult:
     for start, trained in table.rows.chunks(piece.starts):
         watch.lap("read")
         stored = buffer[: len(trained)]
-        measure = start // piece.starts.step % piece.sample == 0
-        for first in range(0, len(trained), block):  # what fits into the cache
-            few, few_stored = trained[first : first + block], stored[first : first + block]
+        # What fits into the cache; of a sample the blocks of the table, by which `choose` samples, too.
+        edge = start % block if piece.sample > 1 else 0
+        for first, last in pairwise([0, *range(block - edge, len(trained), block), len(trained)]):
+            measure = (start + first) // block % piece.sample == 0
+            few, few_stored = trained[first:last], stored[first:last]
             if not storable(few, table.precision):
                 raise _UnstorableError(table)
             watch.lap("check")

@@ -113,6 +113,11 @@ class Artifact:
         )
         return pooled
 
+    def with_invalid_ids(self, invalid_ids: InvalidIds) -> "Artifact":
+        """The same artifact over the same mapping and graph, that treats ids outside their table in this way."""
+        _check_invalid_ids(invalid_ids)
+        return Artifact(self.manifest, self._graph, invalid_ids, self.vocabularies)
+
     def warm_up(self, path: str) -> None:
         """Runs the graph until TorchScript has specialised it: the first two calls take some 50 ms.
 
@@ -158,8 +163,7 @@ def load_artifact(
         UnsupportedError: it has no graph for this device and backend, or the graph needs instructions that this CPU lacks.
         GraphError: its graph cannot run here, or does not fit its rows.
     """
-    if invalid_ids not in ("error", "zero"):
-        raise ValueError(f"invalid_ids must be 'error' or 'zero', got {invalid_ids!r}")
+    _check_invalid_ids(invalid_ids)
     with open_verified(Path(path), verify) as verified:
         manifest = verified.manifest
         graph = _choose_graph(manifest, backend, device)
@@ -174,6 +178,11 @@ def load_artifact(
     artifact = Artifact(manifest, run, invalid_ids, vocabularies)
     artifact.warm_up(graph.path)
     return artifact
+
+
+def _check_invalid_ids(invalid_ids: str) -> None:
+    if invalid_ids not in ("error", "zero"):
+        raise ValueError(f"invalid_ids must be 'error' or 'zero', got {invalid_ids!r}")
 
 
 def _choose_graph(manifest: Manifest, backend: str, device: str) -> Graph:

@@ -78,6 +78,14 @@ def write_entities(path: Path, ids: Sequence[Any], rows: Sequence[Any] | None = 
     return path
 
 
+def write_counts(path: Path, rows: Sequence[Any], counts: Sequence[Any], **names: str) -> Path:
+    """A parquet file with the columns `index` and `count` (or as `names` calls them)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = {names.get("index", "index"): pa.array(rows), names.get("count", "count"): pa.array(counts)}
+    parquet.write_table(pa.table(columns), path)
+    return path
+
+
 def with_vocabularies(folder: Path) -> list[dict[str, Any]]:
     """`TABLES` with the vocabularies of `ENTITIES`, whose parquet files it writes into `folder`."""
     for table, ids in ENTITIES.items():

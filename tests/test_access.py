@@ -1,20 +1,12 @@
 """Access counts: what is read, what is refused, and that rows are drawn in proportion to them."""
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from pyarrow import parquet
+from support import write_counts
 
 from export.access import AccessCounts, draw_bags, total_accesses
 from export.config import AccessCountsConfig, EmbeddingBagConfig
 from export.errors import AccessCountsError
-
-
-def write_counts(path, rows, counts, **names):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = {names.get("index", "index"): pa.array(rows), names.get("count", "count"): pa.array(counts)}
-    parquet.write_table(pa.table(columns), path)
-    return path
 
 
 def table(uri=None, rows=10, **names):

@@ -377,5 +377,27 @@ def test_figures_at_their_budget_pass_and_missing_figures_are_not_gated():
         max_outlier_rows=3,
     )
     assert check_budget(accuracy_of(), at) == []
-    none = accuracy_of(relative_l2=None, mean_cosine=None, worst_cosine=None, lookup_relative_l2=None)
-    assert check_budget(none, Budget(max_relative_l2=0.0, min_cosine=1.0, min_worst_cosine=1.0)) == []
+    figures = {"relative_l2": None, "mean_cosine": None, "worst_cosine": None, "lookup_relative_l2": None}
+    zero = accuracy_of(**figures, vanished_rows=0)
+    assert check_budget(zero, Budget(max_relative_l2=0.0, min_cosine=1.0, min_worst_cosine=1.0)) == []
+    (line,) = check_budget(accuracy_of(**figures, vanished_rows=1), Budget(max_relative_l2=0.0, min_cosine=0.1))
+    assert line.startswith(
+        "table 't': mean_cosine has no value, as all rows that are not zero vanish; its budget is min_cosine"
+    )
+
+
+def test_a_row_is_dominated_by_a_value_from_nine_tenths_of_its_squared_norm_on():
+    trained = torch.full((2, 101), 0.1)
+    trained[:, 0] = 0.0  # so that the others are not the smallest value, which is exact
+    trained[0, 7] = math.sqrt(0.99 * 0.85 / 0.15)
+    trained[1, 7] = math.sqrt(0.99 * 0.95 / 0.05)
+    trained = trained[:, :100].contiguous()
+    sums = examine(trained, store(trained, Precision.INT4), 2, Precision.INT4, outlier_limit=0.01)
+    assert [int(row) for _, _, row in sums.outliers] == [1]
+
+
+def test_rows_by_id_are_those_of_the_ids():
+    probes = ProbeRows(np.array([3, 5, 9]), randn(3, 4), randn(3, 4))
+    some = probes.only(np.array([3, 9]))
+    assert torch.equal(some.trained, probes.trained[[0, 2]])
+    assert torch.equal(some.stored, probes.stored[[0, 2]])

@@ -676,3 +676,19 @@ def test_a_table_beyond_4_gib_is_loaded_without_being_read_and_all_its_rows_are_
     assert torch.equal(found, torch.tensor(expected, dtype=torch.float32).view(4, 1).expand(4, 64))
     with pytest.raises(InvalidInputError, match=f"id {rows} is outside"):
         artifact({"huge": [[rows]]})
+
+
+def test_one_mapping_serves_both_ways_of_treating_ids(built_artifact: Path) -> None:
+    strict = load_artifact(built_artifact)
+    lenient = strict.with_invalid_ids("zero")
+    request = {feature.name: [[0, 10**9]] for feature in strict.manifest.features}
+    alone = {feature.name: [[0]] for feature in strict.manifest.features}
+    with pytest.raises(InvalidInputError):
+        strict(request)
+    means = {feature.name for feature in strict.manifest.features if feature.pooling == "mean"}
+    for key, values in lenient(request).to_dict().items():
+        assert torch.equal(values * (2 if key in means else 1), strict(alone)[key])
+    with pytest.raises(ValueError, match="invalid_ids must be 'error' or 'zero', got 'row'"):
+        strict.with_invalid_ids("row")  # type: ignore[arg-type]
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    assert sum(str(built_artifact / "weights") in line for line in maps) == 1

@@ -8,14 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import make_rows, state_dict, write_config
-from test_access import write_counts
-from test_accuracy import accuracy_of
+from support import make_rows, state_dict, write_config, write_counts
+from test_accuracy import accuracy_of, store
 
 from export import build_artifact, load_config
+from export.accuracy import ErrorSums, Examiner
 from export.choose import Candidate, choose_precisions
 from export.config import Precision, ReleaseConfig
-from export.errors import GateError
+from export.errors import GateError, RowsError
 from export.plan import Clock, preview_release
 from export.progress import NoProgress
 
@@ -117,6 +117,14 @@ def test_no_choice_within_the_byte_budget_has_a_smaller_total_error(data):
     assert total <= best + 1e-9 * worst
 
 
+def test_bytes_that_are_left_go_to_tables_whose_errors_are_too_small_for_the_solver():
+    names = ["hot", "warm", "cold"]
+    found = {name: candidates((64, 0.0), (32, 1e-7), (20, 2e-5), (12, 8e-3), (8, 0.2)) for name in names}
+    for room, expected in ((1000, ["fp32"] * 3), (64 + 64 + 32, ["fp32", "fp32", "fp16"])):
+        chosen = choose_precisions(release(names, max_bytes=room), found, 0, {"hot": 1e12, "warm": 1e3, "cold": 1.0})
+        assert [choice.serving_precision for choice in chosen] == expected
+
+
 # --- On real rows ----------------------------------------------------------------------------------------------------
 
 TABLES = [
@@ -198,3 +206,100 @@ def test_access_counts_decide_which_rows_errors_count(tmp_path):
         squares.append(math.sqrt(int4.relative_square))
     assert int4.accuracy.lookup_relative_l2 == pytest.approx(squares[1], rel=0.5)  # nearly all of the rough rows
     assert squares[0] < squares[1] / 3
+
+
+def preview_of(tmp_path, rows, workers=1, sample=1, tables=None, **auto):
+    """The preview of one table `t`, or of some tables, that are left to auto."""
+    shapes = {name: tensor.shape for name, tensor in rows.items()}
+    described = [
+        {
+            "name": name,
+            "num_embeddings": count,
+            "embedding_dim": dim,
+            "data_type": "fp32",
+            **(tables or {}).get(name, {}),
+        }
+        for name, (count, dim) in shapes.items()
+    ]
+    torch.save(state_dict(rows), tmp_path / "s.pt")
+    serving = {"precision": "auto", "auto": auto}
+    path = write_config(tmp_path / "r.yaml", tmp_path / "s.pt", described, serving=serving)
+    return path, preview_release(load_config(path), workers, sample, Clock(NoProgress()))
+
+
+def test_rows_of_later_blocks_and_groups_are_measured_as_a_build_measures_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("export.choose._GROUP_CHUNKS", 1)
+    rows = torch.randn(100_000, 16, generator=torch.Generator().manual_seed(3))
+    rows[90_001, 4] = 300.0
+    counts = np.ones(100_000, np.int64)
+    counts[90_001] = 10**9
+    access = write_counts(tmp_path / "counts" / "c.parquet", np.arange(100_000), counts)
+    tables = {"t": {"access_counts": str(access)}}
+    path, preview = preview_of(tmp_path, {"t": rows}, 2, tables=tables, max_relative_l2=0.5, precisions=["int4"])
+    [int4] = preview.candidates["t"]
+    assert int4.accuracy.rows_measured == 100_000
+    one = rows[90_001:90_002]
+    found = ErrorSums()
+    examiner = Examiner("t", Precision.INT4)
+    examiner.examine(0, one, store(one, Precision.INT4))
+    found.merge(examiner.sums)
+    assert int4.relative_square == pytest.approx(
+        found.relative_square(), rel=1e-3
+    )  # nearly all accesses are of that row
+    assert build_artifact(path, tmp_path / "a", workers=1).manifest.accuracy == [int4.accuracy]
+
+
+def test_a_sample_is_the_same_for_the_choice_and_the_gate(tmp_path):
+    rows = torch.randn(140_000, 16, generator=torch.Generator().manual_seed(3))
+    rows[:32_768] = torch.randint(0, 16, (32_768, 16)).float()  # the first block, exact in int4
+    rows[:32_768, 0], rows[:32_768, 1] = 0.0, 15.0
+    path, preview = preview_of(tmp_path, {"t": rows}, sample=8, max_relative_l2=0.01)
+    int4 = next(entry for entry in preview.candidates["t"] if entry.precision is Precision.INT4)
+    assert (int4.accuracy.rows_measured, preview.precisions["t"]) == (32_768, Precision.INT4)
+    result = build_artifact(path, tmp_path / "a", workers=1, sample=8)
+    [figures] = result.manifest.accuracy
+    assert (figures.serving_precision, figures.rows_measured, figures.relative_l2) == ("int4", 32_768, 0.0)
+    whole = preview_of(tmp_path, {"t": rows}, max_relative_l2=0.01)[1]
+    assert whole.precisions["t"] is Precision.INT8
+
+
+def test_accesses_weigh_tables_where_all_have_counts(tmp_path):
+    rows = make_rows(
+        [{"name": n, "num_embeddings": 4000, "embedding_dim": 32, "data_type": "fp32"} for n in "ab"], seed=1
+    )
+    for hot in "ab":
+        tables = {}
+        for name in "ab":
+            access = write_counts(
+                tmp_path / f"{hot}{name}.parquet", np.arange(4000), np.full(4000, 1000 if name == hot else 1)
+            )
+            tables[name] = {"access_counts": str(access)}
+        room = 4000 * (128 + 36) + 400_000
+        _, preview = preview_of(tmp_path, rows, tables=tables, max_bytes=room, precisions=["fp32", "int8", "int4"])
+        assert preview.precisions[hot] == "fp32"
+        assert preview.precisions["ba"["ab".index(hot)]] != "fp32"
+
+
+def test_rows_that_no_type_can_store_are_refused_by_row_as_a_build_does(tmp_path):
+    rows = torch.randn(100, 8)
+    rows[77, 3] = float("nan")
+    with pytest.raises(RowsError, match=r"table 't': cannot be stored as fp32: row 77, column 3 is nan; in all: 1 NaN"):
+        preview_of(tmp_path, {"t": rows}, max_relative_l2=0.5)
+
+
+def test_a_table_of_which_nothing_would_be_stored_is_not_called_exact(tmp_path):
+    rows = torch.randn(100, 8, generator=torch.Generator().manual_seed(3)) * 1e-9
+    _, preview = preview_of(tmp_path, {"t": rows}, min_cosine=0.99)
+    assert preview.precisions["t"] is Precision.FP32
+    int8 = next(entry for entry in preview.candidates["t"] if entry.precision is Precision.INT8)
+    assert (int8.accuracy.vanished_rows, int8.relative_square) == (100, 1.0)
+
+
+def test_an_artifact_that_is_larger_than_its_budget_is_not_published(configured, tmp_path, monkeypatch):
+    monkeypatch.setattr("export.plan._GRAPHS_AND_REPORTS_BYTES", 0)
+    monkeypatch.setattr("export.plan._REPORT_BYTES_PER_TABLE", 0)
+    with pytest.raises(
+        GateError, match=r"the artifact has [\d,]+ bytes, [\d,]+ more than serving.auto.max_bytes: 100,000"
+    ):
+        build_artifact(configured(max_bytes=100_000), tmp_path / "artifact", workers=1)
+    assert not (tmp_path / "artifact").exists()

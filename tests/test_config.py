@@ -302,7 +302,17 @@ def test_an_empty_budget_of_a_table_gates_nothing(tmp_path: Path) -> None:
     assert config.budgets(config.large_embeddings.tables[0], Precision.FP16) == [Budget()]
 
 
+@pytest.mark.parametrize(
+    "columns", ["vocab: {uri: v, entity_id: index}", "access_counts: {uri: c, index: n, count: n}"]
+)
+def test_one_column_for_two_things_is_refused(tmp_path: Path, columns: str) -> None:
+    assert "expected two columns, got '" in refusal(tmp_path, table_with(columns))
+
+
 def test_the_default_budgets_allow_one_rounding_and_in_fp32_nothing() -> None:
+    quantized = {Precision.INT8: (0.02, 0.999), Precision.INT4: (0.25, 0.97), Precision.INT2: (0.75, 0.75)}
+    for precision, (error, cosine) in quantized.items():
+        assert DEFAULT_BUDGETS[precision] == Budget(max_relative_l2=error, min_cosine=cosine)
     assert DEFAULT_BUDGETS[Precision.FP32] == Budget(max_absolute_error=0.0)
     assert DEFAULT_BUDGETS[Precision.FP16] == Budget(max_relative_l2=2**-10, min_cosine=0.999)
 
@@ -691,7 +701,7 @@ def test_auto_without_what_it_needs_is_refused(tmp_path: Path, text: str, key: s
     assert refused.endswith(f": {key}: {message}"), refused
 
 
-@pytest.mark.parametrize("size", ["'twenty'", "0", "-5", "'10 lightyears'"])
+@pytest.mark.parametrize("size", ["'twenty'", "0", "-5", "'10 lightyears'", "true", "1.5", "'1.5'"])
 def test_a_byte_budget_that_is_no_size_is_refused(tmp_path: Path, size: str) -> None:
     message = refusal(tmp_path, release_with(f"serving: {{precision: auto, auto: {{max_bytes: {size}}}}}"))
     assert ": serving.auto.max_bytes: " in message

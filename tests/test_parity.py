@@ -7,10 +7,11 @@ import pytest
 import torch
 from support import TABLES, make_rows, write_config
 
-from export.accuracy import ProbeRows
+from export.accuracy import ProbeRows, dequantize
 from export.config import Precision, load_config
 from export.errors import GateError
-from export.parity import check_parity, make_cases, make_slots, probe_ids
+from export.parity import _bound_rows, check_parity, make_cases, make_slots, probe_ids
+from export.quantize import convert_rows, new_rows
 
 
 def tables_config(tmp_path, tables=TABLES):
@@ -114,3 +115,18 @@ def test_a_hundred_features_are_checked_in_seconds(rebuild):
     start = time.process_time()
     rebuild(tables, make_rows(tables))
     assert time.process_time() - start < 8
+
+
+@pytest.mark.parametrize("precision", [Precision.INT8, Precision.INT4, Precision.INT2])
+def test_the_bound_of_a_quantized_row_is_half_a_step_and_little_more(precision):
+    trained = torch.randn(200, 16, generator=torch.Generator().manual_seed(1))
+    stored = new_rows(200, 16, precision)
+    convert_rows(trained, stored, precision)
+    values = dequantize(stored, 16, precision)
+    _, bound = _bound_rows(trained, stored, precision)
+    error = (values - trained).abs().double().numpy()
+    scale = stored[:, :4].contiguous().view(torch.float16)[:, :1].double().numpy()
+    assert (error <= bound).all()
+    inside = (bound < 0.51 * scale).mean()
+    assert inside > 0.8  # the others are at an end of their row, which was rounded
+    assert (error / bound).max() > 0.99

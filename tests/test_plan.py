@@ -100,3 +100,28 @@ def test_a_fixed_precision_is_planned_beside_the_others(configure):
     preview = preview_release(load_config(configure()), 1, 1, Clock(NoProgress()))
     assert preview.precisions == {"user": Precision.FP16, "item": Precision.INT8}
     assert preview.choices == []
+
+
+def test_tables_of_a_fixed_precision_count_once_in_the_bytes_of_the_artifact(configure, tmp_path):
+    def artifact_bytes(count):
+        rows = {"user": torch.randn(3000, 16), "item": torch.randn(count, 10).half()}
+        rows["item"][0, 0] = 6e4
+        torch.save(state_dict(rows), tmp_path / "s.pt")
+        tables = [TABLES[0], TABLES[1] | {"num_embeddings": count}]
+        return preview_release(load_config(configure(tables)), 1, 1, Clock(NoProgress())).artifact_bytes
+
+    assert artifact_bytes(700) - artifact_bytes(500) == 200 * 14
+
+
+def test_a_report_is_never_written_into_the_artifact(built_artifact, tmp_path):
+    weights = built_artifact / "weights/tables.safetensors"
+    before = weights.read_bytes()
+    done = run_export("report", built_artifact, "--output", weights)
+    assert done.returncode == 1
+    assert "is inside the artifact, which never changes; name a file outside of it" in done.stderr
+    assert weights.read_bytes() == before
+    done = run_export("report", built_artifact, "--output", tmp_path / "absent" / "r.html")
+    assert done.returncode == 1
+    assert f"{tmp_path}/absent/r.html: cannot be written: No such file or directory" in done.stderr
+    assert run_export("report", built_artifact, "--output", tmp_path / "r.html").returncode == 0
+    assert (tmp_path / "r.html").read_bytes() == (built_artifact / "reports/report.html").read_bytes()

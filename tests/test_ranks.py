@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import make_rows, write_config, write_dcp
+from support import make_rows, write_config, write_counts, write_dcp
 
 from export import ranks as ranks_module
 from export.config import Precision
@@ -157,6 +157,25 @@ def test_two_processes_make_the_bytes_of_one(snapshot, tmp_path):
     for name in ("weights/tables.safetensors", "graphs/lookup.torchscript.pt", "reports/accuracy.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["one", "release.yaml", "two"]
+
+
+@pytest.mark.slow
+def test_what_one_process_chooses_and_draws_is_what_all_of_them_build(snapshot, tmp_path):
+    from export import build_artifact
+
+    rows = {table["name"]: table["num_embeddings"] for table in TABLES}
+    counts = tmp_path / "counts.parquet"
+    write_counts(counts, range(rows["small"]), range(1, rows["small"] + 1))
+    tables = [dict(table) | {"serving_precision": "auto"} for table in TABLES]
+    next(table for table in tables if table["name"] == "small")["access_counts"] = str(counts)
+    serving = {"auto": {"max_relative_l2": 0.02}}
+    config = write_config(tmp_path / "release.yaml", snapshot, tables, serving=serving)
+    one = build_artifact(config, tmp_path / "one", workers=1)
+    done = torchrun(2, "build", "--config", config, "--output", tmp_path / "two", "--json", "--workers", "1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["artifact_id"] == one.manifest.artifact_id
+    for name in ("weights/tables.safetensors", "reports/accuracy.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The weight file: what any safetensors reader finds in it, its layout, its digests, and what is never written."""
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -415,3 +416,11 @@ def test_no_file_is_left_open(tmp_path: Path) -> None:
         bad.mkdir()
         write(bad, {"user": torch.full((9, 4), float("nan"))}, {"user": "fp16"})
     assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_another_limit_of_outliers_or_another_sample_is_another_plan(planned: list[PlannedTable]) -> None:
+    first = WeightPlan(planned).fingerprint
+    assert WeightPlan(planned).fingerprint == first
+    assert WeightPlan(planned, sample=2).fingerprint != first
+    stricter = [dataclasses.replace(planned[0], outlier_limit=0.5), *planned[1:]]
+    assert WeightPlan(stricter).fingerprint != first
