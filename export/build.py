@@ -19,6 +19,7 @@ from export.errors import ExportError, GateError, PublishError
 from export.golden import GOLDEN, write_cases
 from export.journal import has_pieces
 from export.lookup import OPERATOR_LIBRARIES, make_lookup
+from export.onnx_graph import OPSET, write_onnx
 from export.parity import check_parity, make_slots
 from export.plan import Clock, ReleasePlan, plan_release
 from export.progress import NoProgress, Progress
@@ -54,6 +55,7 @@ __all__ = ["BuildResult", "build_artifact"]
 
 _TORCHSCRIPT = "graphs/lookup.torchscript.pt"
 _AOT_INDUCTOR = "graphs/lookup.cpu"
+_ONNX = "model.onnx"  # beside `weights`: external data must lie below the model's folder
 _ACCURACY = "reports/accuracy.json"
 _PARITY = "reports/parity.json"
 _VOCABULARY = "reports/vocabulary.json"
@@ -224,25 +226,25 @@ def _write_graphs(
     write_torchscript(lookup, staging / _TORCHSCRIPT)
     if GraphKind.AOT_INDUCTOR in config.serving.graphs:
         write_aot_inductor(lookup, config.serving.isa, staging / _AOT_INDUCTOR)
+    if GraphKind.ONNX in config.serving.graphs:
+        write_onnx(weights.tables, features, weights.offset_bytes, staging / _ONNX)
     dims = {table.name: table.embedding_dim for table in weights.tables}
     tools = _tool_versions()
     fbgemm = tools.get("fbgemm-gpu-cpu") or tools["fbgemm-gpu"]
-    graphs = [
+    all_graphs = [
+        Graph("torchscript", "cpu", _TORCHSCRIPT, OPERATOR_LIBRARIES, torch.__version__, fbgemm),
         Graph(
-            "torchscript" if kind is GraphKind.TORCHSCRIPT else "aot_inductor",
+            "aot_inductor",
             "cpu",
-            path,
+            _AOT_INDUCTOR,
             OPERATOR_LIBRARIES,
             torch.__version__,
             fbgemm,
-            isa,
-        )
-        for kind, path, isa in (
-            (GraphKind.TORCHSCRIPT, _TORCHSCRIPT, None),
-            (GraphKind.AOT_INDUCTOR, _AOT_INDUCTOR, config.serving.isa.value),
-        )
-        if kind in config.serving.graphs
+            config.serving.isa.value,
+        ),
+        Graph("onnx", "cpu", _ONNX, [], torch.__version__, fbgemm, opset=OPSET),
     ]
+    graphs = [graph for graph in all_graphs if graph.backend in config.serving.graphs]
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         artifact_id="",

@@ -145,7 +145,7 @@ def _built(*built: StrEnum) -> AfterValidator:
     return AfterValidator(check)
 
 
-_BuiltGraph = Annotated[GraphKind, _built(GraphKind.TORCHSCRIPT, GraphKind.AOT_INDUCTOR)]
+_BuiltGraph = Annotated[GraphKind, _built(GraphKind.TORCHSCRIPT, GraphKind.AOT_INDUCTOR, GraphKind.ONNX)]
 _BuiltTarget = Annotated[Target, _built(Target.CPU)]
 
 

@@ -27,7 +27,16 @@ from runtime_py import Artifact, InvalidInputError, load_artifact
 from runtime_py.inputs import Request
 from runtime_py.manifest import ParitySummary, read_manifest
 
-__all__ = ["Case", "References", "Slot", "check_parity", "make_cases", "make_slots", "probe_ids"]
+__all__ = [
+    "Case",
+    "References",
+    "Slot",
+    "check_parity",
+    "make_cases",
+    "make_slots",
+    "probe_ids",
+    "rounding_bounds",
+]
 
 _INT64 = np.iinfo(np.int64)
 
@@ -257,21 +266,30 @@ def check_parity(
     """
     wanted = probe_ids(config, cases)  # the others are for measuring lookups
     references = References(config, precisions, {name: probe.only(wanted[name]) for name, probe in probes.items()})
+    serving = "bit-equal to torchrec's quantized EmbeddingBagCollection"
     results = []
     golden = {}
     for graph in read_manifest(artifact).graphs:
+        name = f"{graph.backend} for {graph.target}"
+        if graph.backend == "onnx":
+            from export.onnx_parity import check_onnx_parity  # ONNX Runtime only where there is such a graph
+
+            outcomes = check_onnx_parity(artifact, graph, references, cases, seed)
+            results += [{"graph": name, **outcome} for outcome in outcomes]
+            serving += "; onnx within the bound of float32 sums"
+            continue
         strict = load_artifact(artifact, backend=graph.backend, verify="sizes", invalid_ids="error")
         lenient = strict.with_invalid_ids("zero")
         for number, case in enumerate(cases):
             request = case.request(references.slots, seed + number)
             outcome, pooled = _check_case(strict, lenient, references, case, request)
-            results.append({"graph": f"{graph.backend} for {graph.target}", **outcome})
+            results.append({"graph": name, **outcome})
             if not case.random or not any(kept.random for kept in cases[:number]):
-                golden[f"{number:02} {case.name}"] = GoldenCase(request, pooled)  # every graph answers the same
+                golden[f"{number:02} {case.name}"] = GoldenCase(request, pooled)  # every torch graph answers so
     summary = ParitySummary(
         seed=seed,
         cases=len(cases),
-        serving="bit-equal to torchrec's quantized EmbeddingBagCollection",
+        serving=serving,
         quantization_max_error=max(result["max_error"] for result in results),
         quantization_max_share_of_bound=max(result["max_share_of_bound"] for result in results),
     )
@@ -303,7 +321,8 @@ def _check_case(
         for number, slot in enumerate(references.slots):
             got = columns[slot.feature]
             _check_equal(case, slot, got, quantized[slot.feature])
-            bound = _bound(references, slot, features, renumbered[number])
+            conversion, summation = rounding_bounds(references, slot, features, renumbered[number])
+            bound = conversion + summation
             error = np.abs(got.double().numpy() - eager[slot.feature].double().numpy())
             _check_bound(case, slot, error, bound)
             largest = max(largest, float(error.max()))
@@ -379,8 +398,10 @@ def _check_equal(case: Case, slot: Slot, got: torch.Tensor, expected: torch.Tens
         )
 
 
-def _bound(references: References, slot: Slot, features: KeyedJaggedTensor, rows: list[np.ndarray]) -> np.ndarray:
-    """The largest distance that rounding alone explains, float64 [B, D], for one slot.
+def rounding_bounds(
+    references: References, slot: Slot, features: KeyedJaggedTensor, rows: list[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The largest distance of a slot that storing rows explains, and that of adding them up, each float64 [B, D].
 
     Storing a row is off by at most what `_bound_rows` says. A float32 sum of L products, in any order, fused or not, is off
     by at most gamma(L) * sum |w x|, gamma(k) = k u / (1 - k u), u = 2**-24 (Higham, Accuracy and Stability of Numerical
@@ -391,7 +412,7 @@ def _bound(references: References, slot: Slot, features: KeyedJaggedTensor, rows
     if features.weights_or_none() is not None:
         weights = features[slot.feature].weights().abs().double().numpy()
     magnitudes, errors = references.magnitudes[table], references.error_bounds[table]
-    bound = np.zeros((len(rows), slot.table.embedding_dim))
+    bounds = np.zeros((2, len(rows), slot.table.embedding_dim))
     start = 0
     for bag, ids in enumerate(rows):
         scale = weights[start : start + len(ids), None]
@@ -400,8 +421,8 @@ def _bound(references: References, slot: Slot, features: KeyedJaggedTensor, rows
         k = (references.terms[table] * (len(ids) + 1) + 2) * 2.0**-24
         summation = 2 * k / (1 - k) * ((scale * magnitudes[ids]).sum(0) + conversion)
         mean = len(ids) if slot.table.pooling == "mean" and len(ids) else 1
-        bound[bag] = (conversion + summation) / mean
-    return bound
+        bounds[:, bag] = conversion / mean, summation / mean
+    return bounds[0], bounds[1]
 
 
 def _check_bound(case: Case, slot: Slot, error: np.ndarray, bound: np.ndarray) -> None:

@@ -186,6 +186,8 @@ def _check_invalid_ids(invalid_ids: str) -> None:
 
 
 def _choose_graph(manifest: Manifest, backend: str, device: str) -> Graph:
+    if backend == "onnx":
+        raise UnsupportedError("an ONNX graph is not for this loader: open model.onnx with ONNX Runtime")
     for graph in manifest.graphs:
         if (graph.backend, graph.target) == (backend, device):
             return graph

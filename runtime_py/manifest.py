@@ -186,16 +186,17 @@ class Graph:
     """One exported form of the lookup, and what it needs from the machine that runs it.
 
     `path` is its file or, of an AOTInductor graph, the folder of its `AOT_INDUCTOR_FILES`; `isa` is the instruction set that
-    the latter was compiled for, and null for others.
+    the latter was compiled for, `opset` that of an ONNX graph, null for others.
     """
 
-    backend: Literal["torchscript", "aot_inductor"]
+    backend: Literal["torchscript", "aot_inductor", "onnx"]
     target: Literal["cpu"]
     path: str
     operator_libraries: list[str]
     torch: str
     fbgemm_gpu: str
     isa: str | None = None
+    opset: int | None = None
 
     @property
     def files(self) -> list[str]:
@@ -542,10 +543,11 @@ def _check_consistency(manifest: Manifest) -> None:
         for path in graph.files:
             if path not in manifest.file or path in manifest.mapped:
                 raise ManifestError(f"graph '{graph.backend}': '{path}' is not among the files")
-        if (graph.isa is not None) != (graph.backend == "aot_inductor"):
-            raise ManifestError(
-                f"graph '{graph.backend}': isa is {graph.isa!r}; AOTInductor graphs have one, others none"
-            )
+        for key, value, backend in (("isa", graph.isa, "aot_inductor"), ("opset", graph.opset, "onnx")):
+            if (value is not None) != (graph.backend == backend):
+                raise ManifestError(
+                    f"graph '{graph.backend}': {key} is {value!r}; {backend} graphs have one, others none"
+                )
         for library in graph.operator_libraries:
             if not _LIBRARY.fullmatch(library):
                 raise ManifestError(f"graph '{graph.backend}': {library!r} is no library name")

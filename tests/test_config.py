@@ -624,7 +624,6 @@ def test_weights_with_mean_pooling_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line", "key", "value", "built"),
     [
-        (release_with("serving:\n  graphs: [onnx]"), 10, "serving.graphs[0]", "onnx", "torchscript, aot_inductor"),
         (release_with("serving:\n  targets:\n    - cpu\n    - cuda"), 12, "serving.targets[1]", "cuda", "cpu"),
     ],
     ids=label,
@@ -708,7 +707,7 @@ def test_a_byte_budget_that_is_no_size_is_refused(tmp_path: Path, size: str) -> 
 
 
 def test_torchscript_is_among_the_graphs_since_loaders_run_it_by_default(tmp_path: Path) -> None:
-    message = refusal(tmp_path, release_with("serving: {graphs: [aot_inductor]}"))
+    message = refusal(tmp_path, release_with("serving: {graphs: [aot_inductor, onnx]}"))
     assert message.endswith(
         ": serving.graphs: expected torchscript among the graphs: it is what the loader runs by default"
     )

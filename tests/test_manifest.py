@@ -236,6 +236,7 @@ def test_a_missing_field_is_refused_at_every_level(document: Document) -> None:
 NULLABLE = (
     "step",
     "isa",
+    "opset",
     "relative_l2",
     "row_relative_l2",
     "mean_cosine",
@@ -258,7 +259,7 @@ def test_a_wrong_type_is_refused_at_every_level(document: Document) -> None:
     for path, value in walk(document):
         if not path or path == ("format_version",):
             continue
-        kind = {"step": int, "isa": str}.get(str(path[-1]), type(value))
+        kind = {"step": int, "opset": int, "isa": str}.get(str(path[-1]), type(value))
         for wrong in WRONG[kind]:
             if path[-1] in NULLABLE and wrong is None:
                 continue
@@ -283,7 +284,7 @@ def test_a_step_may_be_a_number_or_null(document: Document) -> None:
     [
         (("tables", 0, "serving_precision"), "fp8", "['fp32', 'fp16', 'int8', 'int4', 'int2']"),
         (("features", 0, "pooling"), "max", "['sum', 'mean']"),
-        (("graphs", 0, "backend"), "TorchScript", "['torchscript', 'aot_inductor']"),
+        (("graphs", 0, "backend"), "TorchScript", "['torchscript', 'aot_inductor', 'onnx']"),
         (("graphs", 0, "target"), "tpu", "['cpu']"),
     ],
 )
@@ -507,7 +508,12 @@ CONTRADICTIONS: list[tuple[str, Edit, str]] = [
     (
         "isa of a graph that is not compiled",
         put("graphs", 0, "isa", value="x86-64-v3"),
-        "graph 'torchscript': isa is 'x86-64-v3'; AOTInductor graphs have one, others none",
+        "graph 'torchscript': isa is 'x86-64-v3'; aot_inductor graphs have one, others none",
+    ),
+    (
+        "opset of a graph that is not ONNX",
+        put("graphs", 0, "opset", value=18),
+        "graph 'torchscript': opset is 18; onnx graphs have one, others none",
     ),
     (
         "folder of a compiled graph",
