@@ -4,6 +4,7 @@
 mapping to it and warms it up. Nothing is copied: N processes that load one artifact hold one copy of the rows.
 """
 
+import mmap
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -61,8 +62,10 @@ class Artifact:
         graph: Callable[..., torch.Tensor],
         invalid_ids: InvalidIds,
         vocabularies: Mapping[str, Vocabulary],
+        mapping: mmap.mmap,
     ) -> None:
         self.manifest = manifest
+        self._mapping = mapping  # of the rows; never closed, as tensors and graph have its address
         self.vocabularies = MappingProxyType(dict(vocabularies))
         self._graph = graph
         self._reader = RequestReader(manifest)
@@ -116,7 +119,11 @@ class Artifact:
     def with_invalid_ids(self, invalid_ids: InvalidIds) -> "Artifact":
         """The same artifact over the same mapping and graph, that treats ids outside their table in this way."""
         _check_invalid_ids(invalid_ids)
-        return Artifact(self.manifest, self._graph, invalid_ids, self.vocabularies)
+        return Artifact(self.manifest, self._graph, invalid_ids, self.vocabularies, self._mapping)
+
+    def release_pages(self) -> None:
+        """Takes the rows that were looked up out of this process's resident memory; they stay in the page cache."""
+        self._mapping.madvise(mmap.MADV_DONTNEED)
 
     def warm_up(self, path: str) -> None:
         """Runs the graph until TorchScript has specialised it: the first two calls take some 50 ms.
@@ -175,7 +182,8 @@ def load_artifact(
         else:
             run = load_aot_inductor(manifest, graph, Path(path), weights)
         vocabularies = {table: Vocabulary(file) for table, file in verified.vocabularies.items()}
-    artifact = Artifact(manifest, run, invalid_ids, vocabularies)
+        mapping = verified.weights.mapping
+    artifact = Artifact(manifest, run, invalid_ids, vocabularies, mapping)
     artifact.warm_up(graph.path)
     return artifact
 

@@ -491,6 +491,8 @@ def _decode_dataclass(hint: Any, value: Json, where: str) -> Any:
 def _expect(kind: Any, value: Any, where: str) -> Any:
     if type(value) is not kind:  # exact: a bool is no int here
         raise ManifestError(f"{where}: expected {kind.__name__}, got {value!r}")
+    if kind is int and not -(2**63) <= value < 2**63:
+        raise ManifestError(f"{where}: {value} is beyond 64 bits")
     return value
 
 

@@ -185,9 +185,11 @@ class TensorFile:
     def map(self) -> torch.Tensor:
         """The data of all tensors as one uint8 tensor that shares its pages with every process that maps the file.
 
-        The mapping is read-only: writing to the tensor is a segmentation fault. It lives as long as the tensor.
+        The mapping is read-only: writing to the tensor is a segmentation fault. It lives as long as the tensor, or
+        `mapping`, which is set here.
         """
         mapping: Any = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)
+        self.mapping = mapping
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             return torch.frombuffer(mapping, dtype=torch.uint8, offset=len(self._header))

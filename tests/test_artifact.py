@@ -303,7 +303,7 @@ def test_another_default_device_of_the_process_makes_no_difference(
     [
         ({"device": "cuda"}, "no graph 'torchscript' for device 'cuda'; it has: torchscript for cpu"),
         ({"backend": "aot_inductor"}, "no graph 'aot_inductor' for device 'cpu'; it has: torchscript for cpu"),
-        ({"backend": "onnx", "device": "tpu"}, "no graph 'onnx' for device 'tpu'; it has: torchscript for cpu"),
+        ({"backend": "lite", "device": "tpu"}, "no graph 'lite' for device 'tpu'; it has: torchscript for cpu"),
     ],
 )
 def test_another_device_or_backend_is_refused_with_what_there_is(
@@ -678,8 +678,8 @@ def test_a_table_beyond_4_gib_is_loaded_without_being_read_and_all_its_rows_are_
         artifact({"huge": [[rows]]})
 
 
-def test_one_mapping_serves_both_ways_of_treating_ids(built_artifact: Path) -> None:
-    strict = load_artifact(built_artifact)
+def test_one_mapping_serves_both_ways_of_treating_ids(artifact_copy: Path) -> None:
+    strict = load_artifact(artifact_copy)
     lenient = strict.with_invalid_ids("zero")
     request = {feature.name: [[0, 10**9]] for feature in strict.manifest.features}
     alone = {feature.name: [[0]] for feature in strict.manifest.features}
@@ -691,4 +691,20 @@ def test_one_mapping_serves_both_ways_of_treating_ids(built_artifact: Path) -> N
     with pytest.raises(ValueError, match="invalid_ids must be 'error' or 'zero', got 'row'"):
         strict.with_invalid_ids("row")  # type: ignore[arg-type]
     maps = Path("/proc/self/maps").read_text().splitlines()
-    assert sum(str(built_artifact / "weights") in line for line in maps) == 1
+    assert sum(str(artifact_copy / "weights") in line for line in maps) == 1
+
+
+def test_pages_that_are_released_are_mapped_again_when_they_are_needed(artifact_copy: Path) -> None:
+    def resident() -> int:
+        text = Path("/proc/self/smaps").read_text()
+        ours = text[text.index(str(artifact_copy / "weights")) :]
+        return int(re.search(r"Rss:\s+(\d+) kB", ours)[1])
+
+    artifact = load_artifact(artifact_copy)
+    request = {feature.name: [[0]] for feature in artifact.manifest.features}
+    before = artifact(request).values
+    assert resident() > 0
+    artifact.release_pages()
+    assert resident() == 0
+    assert torch.equal(artifact(request).values, before)
+    assert resident() > 0

@@ -520,6 +520,7 @@ CONTRADICTIONS: list[tuple[str, Edit, str]] = [
         put("graphs", 0, "backend", value="aot_inductor"),
         "graph 'aot_inductor': 'graphs/lookup.torchscript.pt/data/aotinductor/model/lookup.wrapper.so' is not among",
     ),
+    ("integer beyond 64 bits", put("weights_bytes", value=2**63), f"weights_bytes: {2**63} is beyond 64 bits"),
     ("weighted", put("weighted", value=True), "weighted is True, and the features say otherwise"),
     (
         "weighted feature",
