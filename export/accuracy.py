@@ -7,6 +7,7 @@ what its digests say.
 """
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -33,6 +34,7 @@ __all__ = [
     "table_accuracy",
 ]
 
+_OF_THREAD = threading.local()
 _BLOCK_VALUES = (
     1 << 19
 )  # smaller blocks pay for more calls, in which threads wait for one another; larger ones leave the cache
@@ -146,7 +148,6 @@ class Examiner:
     ) -> None:
         self._table, self._precision = table, precision
         self._outlier_limit, self._counts = outlier_limit, counts
-        self._scratch = torch.empty(4, 0)
         self.sums = ErrorSums()
 
     def examine(self, start: int, trained: torch.Tensor, stored: torch.Tensor, *, measure: bool = True) -> None:
@@ -157,10 +158,7 @@ class Examiner:
         Raises:
             GateError: naming the first value that is not, bit for bit, what it must be.
         """
-        count = trained.numel()
-        if self._scratch.shape[1] < count:
-            self._scratch = torch.empty(4, count)
-        x, y, e, m = self._scratch[:, :count].view(4, *trained.shape)
+        x, y, e, m = _scratch(trained.numel()).view(4, *trained.shape)
         x = trained if trained.dtype is torch.float32 else x.copy_(trained)
         largest = None
         if quantized(self._precision):
@@ -241,6 +239,8 @@ class Examiner:
         if e is not None:
             error_square, product = _row_dots(e, e), _row_dots(x, e)
         lost = np.flatnonzero(~((square > _SAFE_SQUARES[0]) & (square < _SAFE_SQUARES[1])))
+        if len(lost):  # but rows of zeros, of which a table may have many
+            lost = lost[(x if len(lost) == len(x) else x[lost]).any(1).numpy()]
         if len(lost):
             wide = x[lost].double()
             square[lost] = _row_dots(wide, wide)
@@ -316,6 +316,14 @@ class Examiner:
             shown = _shorten(min(relative[row], 1e300))
             self.sums.outliers.append([shown, float(value[row]), start + int(suspects[row])])
         self.sums.outliers = sorted(self.sums.outliers, key=lambda entry: (-entry[0], entry[2]))[:_SHOWN_ROWS]
+
+
+def _scratch(count: int) -> torch.Tensor:
+    """Float32 [4, count] to work in, kept by each thread."""
+    scratch: torch.Tensor | None = getattr(_OF_THREAD, "scratch", None)
+    if scratch is None or scratch.shape[1] < count:
+        scratch = _OF_THREAD.scratch = torch.empty(4, count)
+    return scratch[:, :count]
 
 
 def _count_constant(x: torch.Tensor) -> int:

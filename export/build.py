@@ -17,6 +17,7 @@ from export.aot_inductor import check_build_isa, compiler, write_aot_inductor
 from export.config import GraphKind, ReleaseConfig, load_config
 from export.errors import ExportError, GateError, PublishError
 from export.golden import GOLDEN, write_cases
+from export.heap import fix_mapping_threshold
 from export.journal import has_pieces
 from export.lookup import OPERATOR_LIBRARIES, make_lookup
 from export.onnx_graph import OPSET, write_onnx
@@ -120,6 +121,7 @@ def build_artifact(
             another build can go on with, which a note of the exception names.
     """
     clock = Clock(progress or NoProgress())
+    fix_mapping_threshold()
     with joined_ranks() as ranks:
         if not isinstance(config, ReleaseConfig):
             config = load_config(config)

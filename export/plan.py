@@ -18,6 +18,7 @@ from export.accuracy import outlier_limit
 from export.choose import Candidate, TableToMeasure, choose_precisions, measure_candidates
 from export.config import STORED, EmbeddingBagConfig, Precision, ReleaseConfig, SnapshotConfig, dim_divisor
 from export.errors import GateError, SnapshotChangedError
+from export.heap import fix_mapping_threshold
 from export.parity import Case, make_cases, probe_ids
 from export.progress import Progress
 from export.quantize import row_format
@@ -294,6 +295,7 @@ def preview_release(config: ReleaseConfig, workers: int, sample: int, clock: Clo
         ExportError: the snapshot does not fit, or counts cannot be read.
     """
     tables = config.large_embeddings.tables
+    fix_mapping_threshold()
     with clock.phase("snapshot"):
         sources = _open_sources(config)
         bags = {table.name: draw_bags(table, config.parity.seed) for table in tables}

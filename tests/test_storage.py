@@ -175,7 +175,7 @@ def test_a_build_from_s3_gives_the_artifact_of_the_local_snapshot(
     uri = upload(snapshots[name], bucket)
     done = run_export("build", "--config", write_config(tmp_path / "r.yaml", uri), "--output", tmp_path / "a", "--json")
     assert done.returncode == 0, done.stderr
-    assert len(done.stderr.splitlines()) == 6, f"the phases, and nothing else: {done.stderr}"
+    assert len(done.stderr.splitlines()) == 7, f"the phases, and nothing else: {done.stderr}"
     assert json.loads(done.stdout)["artifact_id"] == read_manifest(built_artifact).artifact_id
     assert read_manifest(tmp_path / "a").provenance.snapshots[0].uri == uri
 
