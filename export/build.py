@@ -187,6 +187,8 @@ def _uris(config: ReleaseConfig) -> Iterator[str]:
             yield table.pretrained.embedding_snapshot_uri
         if table.vocab is not None:
             yield table.vocab.uri
+        if table.access_counts is not None:
+            yield table.access_counts.uri
 
 
 def _refuse_undecodable(path: str) -> None:

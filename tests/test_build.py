@@ -1,6 +1,7 @@
 """The main path: from a snapshot to an artifact, checked from outside."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from support import FEATURES, PREFIX, TABLES, make_rows, state_dict, write_config
 
 from export import build_artifact
-from export.errors import ExportError, GateError, RowsError, SnapshotError
+from export.errors import ExportError, GateError, PublishError, RowsError, SnapshotError
 from runtime_py import load_artifact, verify_artifact
 
 
@@ -206,3 +207,14 @@ def test_the_prefix_in_the_configuration_chooses_between_two_collections(tmp_pat
     result = build_artifact(config, tmp_path / "artifact", workers=1)
     with safe_open(result.artifact / "weights/tables.safetensors", "np") as file:
         np.testing.assert_array_equal(file.get_tensor("item"), rows["item"].numpy())
+
+
+@pytest.mark.parametrize("key", ["vocab", "access_counts"])
+def test_a_path_that_is_no_text_is_refused_before_anything_is_read(tmp_path, dcp_snapshot, key):
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    tables = [TABLES[0] | {key: "relative/to/it"}, *TABLES[1:]]
+    config = write_config(folder / "r.yaml", dcp_snapshot, tables)
+    with pytest.raises(PublishError, match="the name is not valid UTF-8; rename it"):
+        build_artifact(config, tmp_path / "artifact", workers=1)
+    assert not (tmp_path / "artifact").exists()
