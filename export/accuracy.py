@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from export import row_kernels
 from export.config import DEFAULT_BUDGETS, Budget, EmbeddingBagConfig, Pooling, Precision
 from export.errors import GateError
 from export.quantize import SCALE_BIAS_BYTES, levels, quantized, row_format, serving_precision
+from export.row_kernels import FIRST_HALF_OCTAVE, HALF_OCTAVES
 from runtime_py.manifest import TableAccuracy
 
 __all__ = [
@@ -40,14 +42,9 @@ _BLOCK_VALUES = (
 )  # smaller blocks pay for more calls, in which threads wait for one another; larger ones leave the cache
 _SHOWN_ROWS = 10
 _DOMINANT = 0.9  # of a row's squared norm: what one value has in an outlier row
-_LEAST_SQUARE = 1e-30  # of a stored row beside its trained one, so that no rounding makes it negative
 _SAFE_SQUARES = (1e-30, 1e30)  # squared norms that float32 adds up without leaving its range
 _OF_RATED_ROWS = ("row_relative_l2", "mean_cosine", "worst_cosine")  # figures that have no value where all rows vanish
 _DIGITS = 9  # of a figure: what the order in which float64 sums are added up cannot change
-
-# Rows are counted by their relative L2 error in half octaves: bin k holds 2**(k / 2) <= error < 2**((k + 1) / 2), the first
-# one what is smaller as well, the last one what is larger.
-_FIRST_BIN, _BINS = -48, 52
 
 
 def block_rows(embedding_dim: int) -> int:
@@ -94,7 +91,7 @@ class ErrorSums:
     constant_rows: int = 0
     vanished_rows: int = 0
     outlier_rows: int = 0
-    histogram: list[int] = field(default_factory=lambda: [0] * _BINS)
+    histogram: list[int] = field(default_factory=lambda: [0] * HALF_OCTAVES)
     worst: list[list[float]] = field(default_factory=list)
     outliers: list[list[float]] = field(default_factory=list)
 
@@ -158,151 +155,113 @@ class Examiner:
         Raises:
             GateError: naming the first value that is not, bit for bit, what it must be.
         """
-        x, y, e, m = _scratch(trained.numel()).view(4, *trained.shape)
-        x = trained if trained.dtype is torch.float32 else x.copy_(trained)
-        largest = None
-        if quantized(self._precision):
-            low, high = torch.amin(x, 1), torch.amax(x, 1)
-            self._compare_codes(start, x, stored, low, high, (y, e, m))
-            largest = torch.maximum(-low, high).double().numpy()
-        else:
-            self._compare_values(start, x, stored, (y, e, m))
+        e = _scratch("errors", trained.numel(), np.float32).reshape(trained.shape)
+        x = trained.numpy()
+        if trained.dtype is not torch.float32:
+            x = _scratch("trained", trained.numel(), np.float32).reshape(trained.shape)
+            x[:] = trained.numpy()
+        peaks = _scratch("peaks", len(x), np.float64) if quantized(self._precision) else None
+        wrong, largest = self._compare(x, stored, e, peaks)
+        if wrong >= 0:
+            raise GateError(f"table '{self._table}': {self._describe_wrong(x[wrong], stored[wrong], start + wrong)}")
         if measure:
-            # What was compared and had nothing to round is the same.
-            exact = self._precision is Precision.FP32 or trained.dtype is stored.dtype
-            self._measure(start, x, None if exact else torch.sub(y, x, out=e), largest)
+            self.sums.largest = max(self.sums.largest, float(largest))
+            self._measure(start, x, e, peaks)
 
     # --- What the stored rows must be --------------------------------------------------------------------------------
 
-    def _compare_values(
-        self, start: int, x: torch.Tensor, stored: torch.Tensor, scratch: Sequence[torch.Tensor]
-    ) -> None:
-        y, e, m = scratch
-        y.copy_(stored)
-        expected = _round_to_fp16(x, e, m) if self._precision is Precision.FP16 else x
-        self._require_equal(start, "", x, y, expected)
+    def _compare(
+        self, x: np.ndarray, stored: torch.Tensor, e: np.ndarray, peaks: np.ndarray | None
+    ) -> tuple[int, np.float32]:
+        """The first row that is stored wrong, or -1, and the largest error; the errors in `e`, row maxima in `peaks`."""
+        if peaks is not None:
+            return row_kernels.compare_codes(x, stored.numpy(), row_format(self._precision).bits, e, peaks)
+        if self._precision is Precision.FP16:
+            return row_kernels.compare_fp16(x, stored.numpy().view(np.uint16), e)
+        e.fill(0.0)
+        return row_kernels.compare_fp32(x.view(np.uint32), stored.numpy().view(np.uint32)), np.float32(0)
 
-    def _compare_codes(
-        self,
-        start: int,
-        x: torch.Tensor,
-        stored: torch.Tensor,
-        low: torch.Tensor,
-        high: torch.Tensor,
-        scratch: Sequence[torch.Tensor],
-    ) -> None:
-        """The recipe of FBGEMM's `FloatOrHalfToFusedNBitRowwiseQuantizedSBHalf`, operation by operation.
-
-        bias = fp16(min); scale = fp16((max - bias) / levels), 1 where the row is constant or that is 0;
-        code = round((x - bias) * (1 / scale)), ties to even, within [0, levels]. y becomes code * scale + bias.
-        """
-        y, e, m = scratch
-        top = levels(self._precision)
-        bias = _round_to_fp16(low, torch.empty_like(low), torch.empty_like(low))
-        spread = (high - bias).div_(top)
-        spread.masked_fill_(high == bias, 1.0)
-        scale = _round_to_fp16(spread, torch.empty_like(low), torch.empty_like(low))
-        scale.masked_fill_(scale == 0, 1.0)
-        # Of a row's zeros, FBGEMM takes one of either sign for its smallest value; the other would mean the same.
-        found = stored[:, :SCALE_BIAS_BYTES].contiguous().view(torch.float16).float().add_(0.0)
-        expected = torch.stack([scale, bias], 1).add_(0.0)
-        self._require_equal(start, "scale and bias: ", None, found, expected)
-        scale, bias = scale[:, None], bias[:, None]
-        torch.sub(x, bias, out=e).mul_(scale.reciprocal()).round_().clamp_(0, top)
-        _unpack_codes(stored, self._precision, m)
-        self._require_equal(start, "code of ", x, m, e.add_(0.0))  # -0 is no code
-        torch.mul(m, scale, out=y).add_(bias)
-
-    def _require_equal(
-        self, start: int, what: str, x: torch.Tensor | None, found: torch.Tensor, expected: torch.Tensor
-    ) -> None:
-        same = np.equal(
-            expected.numpy().view(np.int32), found.numpy().view(np.int32)
-        )  # torch.equal is six times slower
-        if not same.all():
-            row, column = divmod(int(same.argmin()), found.shape[1])
-            of = "" if x is None else f" of the snapshot's {x[row, column].item()!r}"
-            raise GateError(
-                f"table '{self._table}': {what}row {start + row}, column {column} is stored as "
-                f"{found[row, column].item()!r}, the reference makes {expected[row, column].item()!r}{of}"
-            )
+    def _describe_wrong(self, x: np.ndarray, stored: torch.Tensor, row: int) -> str:
+        """What the first wrong value of a row is, and what it must be."""
+        width = len(x)
+        found = dequantize(stored[None], width, self._precision)[0].numpy()
+        expected = x
+        if self._precision is Precision.FP16:
+            expected = np.array([row_kernels.fp16_of(value) for value in x], np.float32)
+        what, of = "", True
+        if quantized(self._precision):
+            top = np.int32(levels(self._precision))
+            scale, bias = row_kernels.scale_bias(x.min(), x.max(), top)
+            expected = np.array([scale, bias], np.float32)
+            found = stored[:SCALE_BIAS_BYTES].view(torch.float16).float().numpy()
+            what, of = "scale and bias: ", False
+            if (found == expected).all():
+                inverse = np.float32(1) / np.float32(scale)
+                expected = np.array(
+                    [row_kernels.code_of(value, np.float32(bias), inverse, top) for value in x], np.float32
+                )
+                codes = torch.empty(1, width)
+                _unpack_codes(stored[None], self._precision, codes)
+                found, what, of = codes[0].numpy(), "code of ", True
+        column = int((found.view(np.int32) != expected.view(np.int32)).argmax())
+        return (
+            f"{what}row {row}, column {column} is stored as {found[column].item()!r}, the reference makes "
+            f"{expected[column].item()!r}" + (f" of the snapshot's {x[column].item()!r}" if of else "")
+        )
 
     # --- How far they are ----------------------------------------------------------------------------------------------
 
-    def _measure(self, start: int, x: torch.Tensor, e: torch.Tensor | None, largest: np.ndarray | None) -> None:
-        """Adds up rows `x` with errors `e` (None: all are 0), of a quantized type with their `largest` magnitudes."""
+    def _measure(self, start: int, x: np.ndarray, e: np.ndarray, peaks: np.ndarray | None) -> None:
+        """Adds up rows `x` with errors `e`, of a quantized type with their largest magnitudes."""
         sums = self.sums
         sums.rows += len(x)
-        sums.constant_rows += _count_constant(x)
-        square = _row_dots(x, x)
-        error_square = product = np.zeros_like(square)
-        if e is not None:
-            error_square, product = _row_dots(e, e), _row_dots(x, e)
+        figures = _scratch("figures", 4 * len(x), np.float64).reshape(4, -1)
+        sums.constant_rows += row_kernels.add_up_rows(x, e, figures)
+        square, error_square, product, absolute = figures
         lost = np.flatnonzero(~((square > _SAFE_SQUARES[0]) & (square < _SAFE_SQUARES[1])))
         if len(lost):  # but rows of zeros, of which a table may have many
-            lost = lost[(x if len(lost) == len(x) else x[lost]).any(1).numpy()]
+            lost = lost[(x if len(lost) == len(x) else x[lost]).any(1)]
         if len(lost):
-            wide = x[lost].double()
-            square[lost] = _row_dots(wide, wide)
-            if e is not None:
-                wide_error = e[lost].double()
-                error_square[lost], product[lost] = _row_dots(wide_error, wide_error), _row_dots(wide, wide_error)
+            wide, wide_error = x[lost].astype(np.float64), e[lost].astype(np.float64)
+            square[lost] = np.einsum("ij,ij->i", wide, wide)
+            error_square[lost] = np.einsum("ij,ij->i", wide_error, wide_error)
+            product[lost] = np.einsum("ij,ij->i", wide, wide_error)
         sums.square += float(square.sum())
         sums.error_square += float(error_square.sum())
         sums.product += float(product.sum())
-        self._rate_rows(start, square, error_square, product)
-        if e is None:
-            return
-        if largest is not None:
-            self._find_outliers(start, x, e, largest, square)
-        magnitudes = e.abs_()
-        sums.largest = max(sums.largest, float(magnitudes.max()))
-        sums.absolute += float(np.einsum("ij->i", magnitudes.numpy()).astype(np.float64).sum())
+        sums.absolute += float(absolute.sum())
+        self._rate_rows(start, figures)
+        if peaks is not None:
+            self._find_outliers(start, x, e, peaks, square)
 
-    def _rate_rows(self, start: int, square: np.ndarray, error_square: np.ndarray, product: np.ndarray) -> None:
+    def _rate_rows(self, start: int, figures: np.ndarray) -> None:
         """Relative error and cosine of every row of which anything is stored."""
         sums = self.sums
-        vanished = (square > 0) & (error_square == square) & (product == -square)
-        sums.vanished_rows += int(np.count_nonzero(vanished))
-        rated = np.flatnonzero((square > 0) & ~vanished)
-        if len(rated) < len(square):
-            square, error_square, product = square[rated], error_square[rated], product[rated]
-        relative = error_square / square
-        sums.rated_rows += len(rated)
-        sums.relative += float(relative.sum())
-        if self._counts is not None:
-            counts = self._counts[start + rated]
-            sums.accessed += float(counts.sum())
-            sums.accessed_relative += float((counts * relative).sum())
-        inexact = relative > 0
-        if inexact.any():
-            # The exponent of the squared error is the half octave of the error.
-            exponents = (relative[inexact].view(np.int64) >> 52) - 1023
-            bins = np.bincount((exponents - _FIRST_BIN).clip(0, _BINS - 1), minlength=_BINS)
-            sums.histogram = (np.array(sums.histogram) + bins).tolist()
-        shift = product / square
-        cosine = ((1 + shift) / np.sqrt(np.maximum(1 + 2 * shift + relative, _LEAST_SQUARE))).clip(-1.0, 1.0)
-        sums.cosine += float(cosine.sum())
+        relative, cosine = _scratch("rates", 2 * figures.shape[1], np.float64).reshape(2, -1)
+        histogram = np.array(sums.histogram)
+        counts = np.empty(0) if self._counts is None else self._counts[start : start + len(relative)].astype(np.float64)
+        rated, vanished, *added = row_kernels.rate_rows(figures, counts, relative, cosine, histogram)
+        sums.histogram = histogram.tolist()
+        sums.rated_rows += rated
+        sums.vanished_rows += vanished
+        for name, total in zip(("relative", "cosine", "accessed", "accessed_relative"), added, strict=True):
+            setattr(sums, name, getattr(sums, name) + total)
         threshold = sums.worst[-1][0] if len(sums.worst) == _SHOWN_ROWS else math.inf
         worst = np.flatnonzero(cosine < threshold)
         if len(worst) > _SHOWN_ROWS:
             worst = worst[np.argsort(cosine[worst], kind="stable")[:_SHOWN_ROWS]]
         if len(worst):
-            found = [
-                [_shorten(cosine[row]), _shorten(math.sqrt(relative[row])), start + int(rated[row])] for row in worst
-            ]
+            found = [[_shorten(cosine[row]), _shorten(math.sqrt(relative[row])), start + int(row)] for row in worst]
             sums.worst = sorted([*sums.worst, *found], key=lambda entry: (entry[0], entry[2]))[:_SHOWN_ROWS]
 
-    def _find_outliers(
-        self, start: int, x: torch.Tensor, e: torch.Tensor, largest: np.ndarray, square: np.ndarray
-    ) -> None:
+    def _find_outliers(self, start: int, x: np.ndarray, e: np.ndarray, peaks: np.ndarray, square: np.ndarray) -> None:
         """Rows whose largest value leaves so few codes for the others that these are lost."""
         if x.shape[1] < 2:
             return
-        suspects = np.flatnonzero((largest > 0) & (largest * largest >= _DOMINANT * square))
+        suspects = np.flatnonzero((peaks > 0) & (peaks * peaks >= _DOMINANT * square))
         if not len(suspects):
             return
-        wide, error = x[suspects].double(), e[suspects].double()
+        wide, error = torch.from_numpy(x[suspects]).double(), torch.from_numpy(e[suspects]).double()
         place = wide.abs().argmax(1, keepdim=True)
         value = wide.gather(1, place)[:, 0].numpy()
         others, error = wide.scatter_(1, place, 0.0), error.scatter_(1, place, 0.0)
@@ -318,43 +277,12 @@ class Examiner:
         self.sums.outliers = sorted(self.sums.outliers, key=lambda entry: (-entry[0], entry[2]))[:_SHOWN_ROWS]
 
 
-def _scratch(count: int) -> torch.Tensor:
-    """Float32 [4, count] to work in, kept by each thread."""
-    scratch: torch.Tensor | None = getattr(_OF_THREAD, "scratch", None)
-    if scratch is None or scratch.shape[1] < count:
-        scratch = _OF_THREAD.scratch = torch.empty(4, count)
-    return scratch[:, :count]
-
-
-def _count_constant(x: torch.Tensor) -> int:
-    """How many rows have one value throughout: few look like it at three places, and only these are looked at."""
-    values = x.numpy()
-    first = values[:, 0]
-    suspects = np.flatnonzero((first == values[:, -1]) & (first == values[:, values.shape[1] // 2]))
-    return int((values[suspects] == first[suspects, None]).all(1).sum()) if len(suspects) else 0
-
-
-def _row_dots(left: torch.Tensor, right: torch.Tensor) -> np.ndarray:
-    """The product of each row with the same row, float64 [n], added up in the type of the rows."""
-    products: np.ndarray = np.einsum("ij,ij->i", left.numpy(), right.numpy())
-    return products.astype(np.float64)
-
-
-def _round_to_fp16(x: torch.Tensor, out: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
-    """`x`, float32 and below 65520, rounded to binary16 by float32 arithmetic alone: in `out`, float32. `m` is scratch.
-
-    binary16 has 11 significant bits and no step below 2**-24 (IEEE 754). With 2**E <= |x| < 2**(E + 1), the float32 numbers
-    around m = 1.5 * 2**(E + 13) are 2**(E - 10) apart, so that x + m is x rounded to 11 bits, to nearest and ties to even,
-    and subtracting m is exact. Below E = -14 the step does not shrink: m is at least 1.5 * 2**-1.
-    """
-    bits, pattern = x.view(torch.int32), m.view(torch.int32)
-    torch.bitwise_and(bits, 0x7F800000, out=pattern)  # m = 2**E
-    m.mul_(1.5 * 2**13).clamp_(min=0.75)
-    torch.add(x, m, out=out)
-    out.sub_(m)
-    torch.bitwise_and(bits, -(2**31), out=pattern)  # what rounds to zero keeps its sign
-    out.view(torch.int32).bitwise_or_(pattern)
-    return out
+def _scratch(name: str, count: int, dtype: type[np.floating]) -> np.ndarray:
+    """An array [count] to work in, kept by each thread: the system clears the pages of a new one."""
+    kept: dict[str, np.ndarray] = _OF_THREAD.__dict__
+    if name not in kept or len(kept[name]) < count:
+        kept[name] = np.empty(count, dtype)
+    return kept[name][:count]
 
 
 def _unpack_codes(stored: torch.Tensor, precision: Precision, out: torch.Tensor) -> None:
@@ -467,7 +395,7 @@ def describe_histogram(sums: ErrorSums) -> dict[str, Any]:
     bins = range(filled[0], filled[-1] + 1) if filled else range(0)
     return {
         "exact_rows": sums.rows - sums.vanished_rows - sum(sums.histogram),
-        "lower_edges": [2.0 ** ((number + _FIRST_BIN) / 2) for number in bins],
+        "lower_edges": [2.0 ** ((number + FIRST_HALF_OCTAVE) / 2) for number in bins],
         "rows": [sums.histogram[number] for number in bins],
     }
 

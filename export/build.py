@@ -32,7 +32,7 @@ from export.rows import help_with_rows, prepare_rows, write_rows
 from export.storage import drop_copies, redact
 from export.table_report import TableReport, report_tables
 from export.torchscript import write_torchscript
-from export.weight_file import WrittenWeights
+from export.weight_file import WrittenWeights, compare_written
 from runtime_py import verify_artifact
 from runtime_py.digests import ZEROED, Digest, sha256
 from runtime_py.manifest import (
@@ -48,6 +48,7 @@ from runtime_py.manifest import (
     Provenance,
     compute_artifact_id,
 )
+from runtime_py.verify import open_verified
 
 if TYPE_CHECKING:
     from export.vocabulary import VocabularyFigures, WrittenVocabulary
@@ -162,7 +163,7 @@ def build_artifact(
                 manifest = _write_graphs(plan, weights, accuracy, vocabularies, staging.folder)
                 manifest = _write_manifest(staging.folder, manifest)  # the loader needs one; the final one comes last
             with clock.phase("digests"):
-                verify_artifact(staging.folder, "full", workers)
+                _verify_staged(plan, weights, staging.folder, workers)
             with clock.phase("parity"):
                 manifest, cases = _check(plan, weights, accuracy, manifest, staging.folder)
             with clock.phase("report"):
@@ -278,6 +279,14 @@ def _write_graphs(
         manifest_digest=Digest(ZEROED, ""),
     )
     return replace(manifest, artifact_id=compute_artifact_id(manifest))
+
+
+def _verify_staged(plan: ReleasePlan, weights: WrittenWeights, staging: Path, workers: int) -> None:
+    """Compares the staged files with what was written into them: rows by checksum, all else by its digest."""
+    compare_written(staging / WEIGHTS, plan.weights, weights, workers)
+    with open_verified(staging, "sizes") as verified:
+        for vocabulary in verified.vocabularies.values():
+            vocabulary.verify_digests(verified.manifest.file[vocabulary.stored.path].digest, workers)
 
 
 def _check(

@@ -20,7 +20,7 @@ from export.accuracy import ErrorSums
 
 __all__ = ["Journal", "PieceResult", "has_pieces", "read_journals", "set_aside_journals"]
 
-_VERSION = 1  # of the lines: a journal of another one is not read
+_VERSION = 2  # of the lines: a journal of another one is not read
 _NAME = "journal-{}.jsonl"
 _EARLIER = "earlier-{}.jsonl"
 
@@ -29,11 +29,13 @@ _EARLIER = "earlier-{}.jsonl"
 class PieceResult:
     """What is known of a piece once it is written.
 
-    `digests` are those of its chunks (32 raw bytes each); `trained` float32 and `stored` [n, D] the rows that were asked for;
+    `digests` are those of its chunks (SHA-256, 32 raw bytes each), `checksums` their XXH3 (16 each); `trained` float32
+    and `stored` [n, D] the rows that were asked for;
     `seconds` by stage.
     """
 
     digests: bytes
+    checksums: bytes
     sums: ErrorSums
     trained: torch.Tensor
     stored: torch.Tensor
@@ -109,6 +111,7 @@ def _digest(fingerprint: str, text: str) -> str:
 def _encode(result: PieceResult) -> dict[str, Any]:
     return {
         "digests": result.digests.hex(),
+        "checksums": result.checksums.hex(),
         "sums": asdict(result.sums),
         "trained": _encode_tensor(result.trained),
         "stored": _encode_tensor(result.stored),
@@ -119,6 +122,7 @@ def _encode(result: PieceResult) -> dict[str, Any]:
 def _decode(entry: dict[str, Any]) -> PieceResult:
     return PieceResult(
         digests=bytes.fromhex(entry["digests"]),
+        checksums=bytes.fromhex(entry["checksums"]),
         sums=ErrorSums(**entry["sums"]),
         trained=_decode_tensor(entry["trained"]),
         stored=_decode_tensor(entry["stored"]),

@@ -11,16 +11,18 @@ import json
 import math
 import os
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 
 from export.accuracy import ErrorSums, Examiner, ProbeRows, block_rows
 from export.config import Precision
+from export.errors import PublishError
 from export.journal import PieceResult
 from export.quantize import convert_rows, describe_unstorable, new_rows, row_format, serving_precision, storable
 from export.snapshots import TableRows, identify
@@ -29,7 +31,16 @@ from runtime_py.manifest import ServingPrecision, Table
 from runtime_py.parallel import map_ordered
 from runtime_py.tensor_file import encode_header, layout_tables, tensor_bytes
 
-__all__ = ["Piece", "PlannedTable", "WeightPlan", "WrittenWeights", "assemble", "create_weight_file", "write_pieces"]
+__all__ = [
+    "Piece",
+    "PlannedTable",
+    "WeightPlan",
+    "WrittenWeights",
+    "assemble",
+    "compare_written",
+    "create_weight_file",
+    "write_pieces",
+]
 
 
 @dataclass(frozen=True)
@@ -153,6 +164,7 @@ class WeightPlan:
 class WrittenWeights:
     """The finished file: tables with their digests, error sums and probes, in configuration order, and its own digest.
 
+    `checksums` are of pieces, by key: XXH3 with 128 bits of each of their chunks, 16 bytes each.
     `stage_seconds` are summed over all threads and processes, and builds, where one has gone on with another.
     """
 
@@ -163,6 +175,7 @@ class WrittenWeights:
     bytes_before: dict[str, int]
     sums: dict[str, ErrorSums]
     probes: dict[str, ProbeRows]
+    checksums: dict[str, bytes]
     stage_seconds: dict[str, float]
 
 
@@ -223,6 +236,36 @@ def write_pieces(
         torch.set_num_threads(threads)  # for threads to come, who start with what was set last
 
 
+def compare_written(path: Path, plan: WeightPlan, written: WrittenWeights, workers: int) -> None:
+    """Reads the finished file at `path` again, and compares it with the checksums of what was digested.
+
+    XXH3 with 128 bits finds whatever went wrong between memory and file, at the speed of reading. SHA-256, of which the
+    file's digests are made and that a loader compares, would take a third of a build again.
+
+    Raises:
+        PublishError: naming the table and the rows that are not what was written.
+    """
+
+    def compare(piece: Piece) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            found = b"".join(xxhash.xxh3_128_digest(chunk) for chunk in _read_chunks(fd, piece))
+        finally:
+            os.close(fd)
+        if found != written.checksums[piece.key]:
+            raise PublishError(
+                f"{path}: table '{piece.table.name}': rows {piece.starts.start} to {piece.end - 1} are not in the file as "
+                "they were written; check the disk and build again"
+            )
+
+    with path.open("rb") as file:
+        header = file.read(len(plan.header))
+    if header != plan.header:
+        raise PublishError(f"{path}: the header is not in the file as it was written; check the disk and build again")
+    for _ in map_ordered(compare, plan.pieces, workers):
+        pass
+
+
 def assemble(plan: WeightPlan, results: Mapping[str, PieceResult]) -> WrittenWeights:
     """What the pieces of a plan add up to."""
     parts: dict[str, list[PieceResult]] = {table.name: [] for table in plan.tables}
@@ -254,6 +297,7 @@ def assemble(plan: WeightPlan, results: Mapping[str, PieceResult]) -> WrittenWei
         bytes_before={table.name: table.rows.bytes for table in plan.tables},
         sums={table.name: _add_up(parts[table.name]) for table in plan.tables},
         probes={table.name: _join_probes(table, parts[table.name]) for table in plan.tables},
+        checksums={piece.key: results[piece.key].checksums for piece in plan.pieces},
         stage_seconds={stage: round(seconds, 3) for stage, seconds in stages.items()},
     )
 
@@ -301,7 +345,7 @@ def _write_piece(fd: int, piece: Piece) -> PieceResult:
     buffer = new_rows(min(piece.starts.step, table.num_embeddings), table.embedding_dim, table.precision)
     examiner = Examiner(table.name, table.precision, table.outlier_limit)
     block = block_rows(table.embedding_dim)
-    digests = []
+    digests, checksums = [], []
     watch = _Stopwatch()
     for start, trained in table.rows.chunks(piece.starts):
         watch.lap("read")
@@ -319,6 +363,8 @@ def _write_piece(fd: int, piece: Piece) -> PieceResult:
             examiner.examine(start + first, few, few_stored, measure=measure)
             watch.lap("examine")
         data = tensor_bytes(stored)
+        # Before SHA-256: what changes in memory from here on is found in the file by one or the other.
+        checksums.append(xxhash.xxh3_128_digest(data))
         digests.append(hashlib.sha256(data).digest())
         watch.lap("digest")
         _write_at(fd, data, piece.position + start * table.row_bytes)
@@ -330,7 +376,9 @@ def _write_piece(fd: int, piece: Piece) -> PieceResult:
     # Linux starts to write dirty pages back, so that fsync has little left to wait for; they stay in the cache.
     os.posix_fadvise(fd, piece.position + piece.starts.start * table.row_bytes, piece.bytes, os.POSIX_FADV_DONTNEED)
     watch.lap("flush")
-    return PieceResult(b"".join(digests), examiner.sums, picked_trained, picked_stored, watch.seconds)
+    return PieceResult(
+        b"".join(digests), b"".join(checksums), examiner.sums, picked_trained, picked_stored, watch.seconds
+    )
 
 
 def _is_right(fd: int, piece: Piece, earlier: PieceResult) -> bool:
@@ -345,24 +393,24 @@ def _is_right(fd: int, piece: Piece, earlier: PieceResult) -> bool:
         return False
     convert_rows(trained, stored, table.precision)
     first = hashlib.sha256(tensor_bytes(stored)).digest()
-    return earlier.digests.startswith(first) and _digest_piece(fd, piece) == earlier.digests
+    if not earlier.digests.startswith(first):
+        return False
+    return b"".join(hashlib.sha256(chunk).digest() for chunk in _read_chunks(fd, piece)) == earlier.digests
 
 
-def _digest_piece(fd: int, piece: Piece) -> bytes:
-    """The digests of the piece's chunks as they are in the file."""
+def _read_chunks(fd: int, piece: Piece) -> Iterator[memoryview]:
+    """The bytes of a piece's chunks as they are in the file; each is good until the next, and shorter at the file's end."""
     row_bytes = piece.table.row_bytes
     buffer = memoryview(bytearray(piece.starts.step * row_bytes))
-    digests = []
     for start in piece.starts:
         chunk = buffer[: (min(start + piece.starts.step, piece.end) - start) * row_bytes]
         filled = 0
         while filled < len(chunk):
             count = os.preadv(fd, [chunk[filled:]], piece.position + start * row_bytes + filled)
             if count == 0:
-                return b""
+                break
             filled += count
-        digests.append(hashlib.sha256(chunk).digest())
-    return b"".join(digests)
+        yield chunk[:filled]
 
 
 def _write_at(fd: int, data: memoryview, position: int) -> None:

@@ -14,7 +14,7 @@ PLAN = "a" * 64
 def result(number: int, rows: int = 2) -> PieceResult:
     trained = torch.randn(rows, 3, generator=torch.Generator().manual_seed(number))
     sums = ErrorSums(0.1 + number, 1 / 3, 1e-300, 2.0, -0.0)
-    return PieceResult(bytes([number]) * 64, sums, trained, trained.half(), {"read": 0.1})
+    return PieceResult(bytes([number]) * 64, bytes([number]) * 32, sums, trained, trained.half(), {"read": 0.1})
 
 
 def write(folder: Path, rank: int = 0, fingerprint: str = PLAN, **results: PieceResult) -> None:
@@ -26,7 +26,8 @@ def write(folder: Path, rank: int = 0, fingerprint: str = PLAN, **results: Piece
 
 def same(left: PieceResult, right: PieceResult) -> bool:
     return (
-        (left.digests, left.sums, left.seconds) == (right.digests, right.sums, right.seconds)
+        (left.digests, left.checksums, left.sums, left.seconds)
+        == (right.digests, right.checksums, right.sums, right.seconds)
         and torch.equal(left.trained, right.trained)
         and torch.equal(left.stored, right.stored)
         and left.stored.dtype == right.stored.dtype

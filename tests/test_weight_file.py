@@ -21,10 +21,18 @@ from safetensors.torch import load_file, save_file
 from support import TYPES
 
 from export.config import EmbeddingBagConfig, Precision, SnapshotConfig
-from export.errors import RowsError, SnapshotError
+from export.errors import PublishError, RowsError, SnapshotError
 from export.journal import PieceResult
 from export.snapshots import open_snapshot
-from export.weight_file import PlannedTable, WeightPlan, WrittenWeights, assemble, create_weight_file, write_pieces
+from export.weight_file import (
+    PlannedTable,
+    WeightPlan,
+    WrittenWeights,
+    assemble,
+    compare_written,
+    create_weight_file,
+    write_pieces,
+)
 
 # Tables of several chunks (1 MiB of stored rows each), of less than one, and of rows that are each larger than one.
 # Name: num_embeddings, embedding_dim, type in training, type in the file.
@@ -174,6 +182,28 @@ def test_nor_on_the_order_of_the_tables(
     assert again.digest == weights.digest
     assert sha256_of(tmp_path / "tables.safetensors") == sha256_of(path)
     assert [table.name for table in again.tables] == list(SHAPES)[::-1]
+
+
+@pytest.mark.parametrize("place", ["header", "first", "last"])
+def test_a_finished_file_that_is_not_what_was_written_is_refused_by_table_and_rows(
+    planned: list[PlannedTable], tmp_path: Path, place: str
+) -> None:
+    path = tmp_path / "weights"
+    plan = WeightPlan(planned)
+    create_weight_file(path, plan)
+    written = assemble(plan, {piece.key: result for piece, result in write_pieces(path, plan.pieces, 2, {})})
+    compare_written(path, plan, written, 2)
+    piece = plan.pieces[0] if place == "first" else plan.pieces[-1]
+    offset = {"header": 9, "first": piece.position, "last": path.stat().st_size - 1}[place]
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 4
+    path.write_bytes(data)
+    rows = f"table '{piece.table.name}': rows {piece.starts.start} to {piece.end - 1} are not in the file as they were"
+    with pytest.raises(PublishError, match="the header is not" if place == "header" else rows):
+        compare_written(path, plan, written, 2)
+    path.write_bytes(data[:-1])
+    with pytest.raises(PublishError, match="check the disk and build again"):
+        compare_written(path, plan, written, 2)
 
 
 def test_the_time_of_every_stage_is_reported(written: tuple[Path, WrittenWeights]) -> None:
