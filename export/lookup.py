@@ -5,6 +5,9 @@ buffers. Rows are one flat uint8 buffer, `weights`, that a loader attaches: in t
 
 The graph is safe whatever it is given: an id outside its table becomes -1, FBGEMM's mark for a pruned row, on a copy,
 and contributes zero; a negative length counts as zero; lengths that do not add up to the number of values raise.
+
+A scripted module also looks rows up on a GPU, where a loader pads rows and sets the attributes that `_prepare_device`
+lists. An operator that raises there ends the process's use of the device: lengths that do not add up are then cut instead.
 """
 
 from collections.abc import Sequence
@@ -77,22 +80,61 @@ class _PlainOpLookup(torch.nn.Module):
         self.register_buffer("is_weighted", torch.tensor([slot.weighted for slot in slots]))
         # The feature of every output column; only mean pooling reads it.
         self.register_buffer("column_features", torch.tensor(columns if self.any_mean else [], dtype=torch.int64))
+        self._prepare_device()
+
+    def _prepare_device(self) -> None:
+        """What only a loader for a GPU changes: attributes, no buffers, so that no exported program has them."""
+        self.row_alignment = 1  # canonical rows are not padded
+        self.raises = True
+        self.uvm_weights = torch.zeros(0, dtype=torch.uint8)
+        # FBGEMM's cache of rows: `cached` is whether there is one.
+        self.cached = False
+        self.cache_weights = torch.zeros(0, 0, dtype=torch.uint8)
+        self.cache_starts = torch.zeros(0, dtype=torch.int64)
+        self.cache_rows = 0
+        self.cache_features = torch.zeros(0, dtype=torch.int32)
+        self.cache_state = torch.zeros(0, 0, dtype=torch.int64)
+        self.cache_times = torch.zeros(0, 0, dtype=torch.int64)
 
     def pool(self, values: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         lengths = lengths.clamp(min=0)
         by_feature = lengths.view(self.num_features, -1)
         counts = by_feature.sum(1)
-        # Raises where the counts do not add up to N, so that nothing below reads past the ids.
-        limits = torch.repeat_interleave(self.num_embeddings, counts, output_size=values.size(0))
+        limits = self.spread(self.num_embeddings, counts, values)
         indices = values.masked_fill((values < 0) | (values >= limits), -1)
         if weights is not None and not self.all_weighted:
-            weighted = torch.repeat_interleave(self.is_weighted, counts, output_size=values.size(0))
-            weights = weights.masked_fill(~weighted, 1.0)
+            weights = weights.masked_fill(~self.spread(self.is_weighted, counts, values), 1.0)
         if weights is not None:
             weights = weights.contiguous()  # FBGEMM reads them as if they were, whatever the strides
+        if self.raises:
+            offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths)
+        else:
+            # int64, so that no sum overflows, and cut, so that no bag ends behind the ids.
+            offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths.to(torch.int64)).clamp(max=values.size(0))
+        pooled = (
+            self.look_up_cached(indices, offsets, weights) if self.cached else self.look_up(indices, offsets, weights)
+        )
+        if self.any_mean:
+            # FBGEMM's mean is this very product: the sum times the float32 reciprocal of the length.
+            unused = torch.logical_or(~self.is_mean, by_feature == 0)
+            # masked_fill, as everywhere here: `where` with a number would follow the process's default dtype.
+            scales = by_feature.to(torch.float32).reciprocal().masked_fill(unused, 1.0)
+            pooled = pooled * scales.t().index_select(1, self.column_features)
+        return pooled
+
+    def spread(self, by_feature: torch.Tensor, counts: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """What `by_feature` [F] says of the feature of each id, [N]."""
+        if self.raises:
+            # Raises where the counts do not add up to N, so that nothing after it reads past the ids.
+            return torch.repeat_interleave(by_feature, counts, output_size=values.size(0))
+        positions = torch.arange(values.size(0), dtype=torch.int64, device=values.device)
+        features = torch.searchsorted(counts.cumsum(0), positions, right=True)
+        return by_feature.index_select(0, features.clamp(max=self.num_features - 1))
+
+    def look_up(self, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         pooled: torch.Tensor = torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function(
             self.weights,
-            self.weights,
+            self.weights if self.raises else self.uvm_weights,  # a CPU does not read it
             self.weights_placements,
             self.weights_offsets,
             self.weights_types,
@@ -104,23 +146,53 @@ class _PlainOpLookup(torch.nn.Module):
             self.max_dim_fp16,
             self.max_dim_fp32,
             indices,
-            torch.ops.fbgemm.asynchronous_complete_cumsum(lengths),
+            offsets,
             0,  # fbgemm PoolingMode.SUM (TorchScript takes no global by name)
             weights,
             0,  # output type, fbgemm SparseType.FP32
             None,
             None,
-            1,  # row alignment: canonical rows are not padded
+            self.row_alignment,
             0,
             -1,
             -1,
         )
-        if self.any_mean:
-            # FBGEMM's mean is this very product: the sum times the float32 reciprocal of the length.
-            unused = torch.logical_or(~self.is_mean, by_feature == 0)
-            # masked_fill, as everywhere here: `where` with a number would follow the process's default dtype.
-            scales = by_feature.to(torch.float32).reciprocal().masked_fill(unused, 1.0)
-            pooled = pooled * scales.t().index_select(1, self.column_features)
+        return pooled
+
+    def look_up_cached(
+        self, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As `look_up`, after it has moved the rows that are asked for into the cache; there is none on a CPU."""
+        pooled: torch.Tensor = torch.ops.fbgemm.int_nbit_split_embedding_uvm_caching_codegen_lookup_function(
+            self.weights,
+            self.uvm_weights,
+            self.weights_placements,
+            self.weights_offsets,
+            self.weights_types,
+            self.dim_offsets,
+            self.total_dim,
+            self.max_dim_int2,
+            self.max_dim_int4,
+            self.max_dim_int8,
+            self.max_dim_fp16,
+            self.max_dim_fp32,
+            indices,
+            offsets,
+            0,
+            weights,
+            0,
+            self.cache_weights,
+            None,
+            self.row_alignment,
+            0,
+            -1,
+            -1,
+            self.cache_starts,
+            self.cache_rows,
+            self.cache_features,
+            self.cache_state,
+            self.cache_times,
+        )
         return pooled
 
 

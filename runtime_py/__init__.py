@@ -12,6 +12,7 @@ Modules: `artifact` (load and look up), `inputs` (requests and their checks), `v
 from runtime_py.artifact import Artifact, Pooled, load_artifact
 from runtime_py.errors import (
     ArtifactError,
+    DeviceMemoryError,
     DigestMismatchError,
     ExtraFileError,
     GraphError,
@@ -33,6 +34,7 @@ from runtime_py.vocabulary import Vocabulary
 __all__ = [
     "Artifact",
     "ArtifactError",
+    "DeviceMemoryError",
     "DigestMismatchError",
     "ExtraFileError",
     "GraphError",

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from runtime_py.aot_inductor import load_aot_inductor
+from runtime_py.device_layout import Placement
 from runtime_py.errors import GraphError, UnsupportedError
 from runtime_py.inputs import Request, RequestReader
 from runtime_py.manifest import Graph, Manifest
@@ -154,23 +155,43 @@ def load_artifact(
     backend: str = "torchscript",
     verify: Verify = "full",
     invalid_ids: InvalidIds = "error",
+    placement: Placement = "device",
+    device_memory_bytes: int | None = None,
 ) -> Artifact:
     """Verifies an artifact and makes it ready to serve.
 
     Args:
         path: the artifact's folder.
-        device: "cpu".
+        device: "cpu"; or "cuda", "cuda:1" and so on, for a `DeviceArtifact` (never run on a GPU yet).
         backend: "torchscript" or "aot_inductor", where the artifact has that graph.
         verify: "full" compares every digest, "sizes" compares all but those of the rows and the vocabularies
             (see `verify_artifact`).
         invalid_ids: "error" refuses a request with an id outside its table; "zero" gives that id a zero vector.
+        placement: on a GPU, where rows lie that do not fit into `device_memory_bytes`: "device" refuses, "uvm" leaves them in
+            memory that is shared with the host, "uvm_cache" does so and keeps a cache of rows on the device.
+        device_memory_bytes: on a GPU, what rows and cache may take; default: what is free, less 512 MiB.
 
     Raises:
         ArtifactError: the artifact is damaged (see `verify_artifact`).
+        DeviceMemoryError: the rows do not fit where `placement` says.
         UnsupportedError: it has no graph for this device and backend, or the graph needs instructions that this CPU lacks.
         GraphError: its graph cannot run here, or does not fit its rows.
     """
     _check_invalid_ids(invalid_ids)
+    if device.partition(":")[0] == "cuda":
+        from runtime_py.cuda import load_cuda_artifact  # which is made of what is defined here
+
+        return load_cuda_artifact(
+            Path(path),
+            device=device,
+            backend=backend,
+            verify=verify,
+            invalid_ids=invalid_ids,
+            placement=placement,
+            device_memory_bytes=device_memory_bytes,
+        )
+    if placement != "device" or device_memory_bytes is not None:
+        raise ValueError(f"placement and device_memory_bytes are for a GPU, and device is {device!r}")
     with open_verified(Path(path), verify) as verified:
         manifest = verified.manifest
         graph = _choose_graph(manifest, backend, device)

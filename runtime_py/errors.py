@@ -5,6 +5,7 @@
 
 __all__ = [
     "ArtifactError",
+    "DeviceMemoryError",
     "DigestMismatchError",
     "ExtraFileError",
     "GraphError",
@@ -66,6 +67,10 @@ class GraphError(ArtifactError):
 
 class UnsupportedError(ArtifactError):
     """The artifact has no graph for what was asked: another backend, target or option."""
+
+
+class DeviceMemoryError(ArtifactError):
+    """The rows do not fit into the memory of the device that was asked for."""
 
 
 class InvalidInputError(ArtifactError, ValueError):

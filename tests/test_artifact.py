@@ -301,7 +301,6 @@ def test_another_default_device_of_the_process_makes_no_difference(
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"device": "cuda"}, "no graph 'torchscript' for device 'cuda'; it has: torchscript for cpu"),
         ({"backend": "aot_inductor"}, "no graph 'aot_inductor' for device 'cpu'; it has: torchscript for cpu"),
         ({"backend": "lite", "device": "tpu"}, "no graph 'lite' for device 'tpu'; it has: torchscript for cpu"),
     ],

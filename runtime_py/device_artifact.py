@@ -1,0 +1,184 @@
+"""An artifact whose rows lie on a GPU: the requests of `Artifact`, with streams, and lookups of fixed shape in one launch.
+
+Requests on the host are checked there, and copied to the device at once. Requests on the device are checked there, beside the
+lookup (`device_inputs`). Either way a bad one raises what it raises on a CPU, and leaves the device usable.
+"""
+
+import mmap
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from runtime_py.artifact import Artifact, InvalidIds, Pooled
+from runtime_py.captured import CapturedLookup
+from runtime_py.device_inputs import inspect_request, is_plain, move, raise_if_bad
+from runtime_py.device_layout import DeviceLayout
+from runtime_py.device_stream import Order, Verdict, on_stream, pack
+from runtime_py.errors import GraphError, InvalidInputError, UnsupportedError
+from runtime_py.inputs import Request
+from runtime_py.manifest import Manifest
+from runtime_py.torchscript import last_line
+from runtime_py.vocabulary import Vocabulary
+
+__all__ = ["DeviceArtifact"]
+
+_MOST_OUTPUTS = 2**31 - 1  # FBGEMM's kernels address the output in int32
+
+
+class DeviceArtifact(Artifact):
+    """A loaded artifact on a GPU. `layout` says where its tables lie.
+
+    Any number of threads may use one. With a cache of rows their lookups follow one another, on whatever streams.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        graph: Callable[..., torch.Tensor],
+        invalid_ids: InvalidIds,
+        vocabularies: Mapping[str, Vocabulary],
+        mapping: mmap.mmap,
+        device: torch.device,
+        layout: DeviceLayout,
+        cache_order: Order | None = None,
+    ) -> None:
+        super().__init__(manifest, graph, invalid_ids, vocabularies, mapping)
+        self.device = device
+        self.layout = layout
+        self._order = cache_order or Order(device)
+        self._width = sum(output.dim for output in manifest.outputs)
+        rows = [manifest.table[feature.table].num_embeddings for feature in manifest.features]
+        self._num_embeddings = torch.tensor(rows, dtype=torch.int64, device=device)
+
+    def __repr__(self) -> str:
+        return f"DeviceArtifact({self.manifest.artifact_id[:12]}, device='{self.device}')"
+
+    def __call__(self, features: Any, *, stream: "torch.cuda.Stream | None" = None) -> Pooled:
+        """As `Artifact`'s; a `KeyedJaggedTensor` may lie on the device, and stays there if its keys are in our order."""
+        if hasattr(features, "weights_or_none") and hasattr(features, "keys") and hasattr(features, "to"):
+            request = Request(features.values(), features.lengths(), features.weights_or_none())
+            if list(features.keys()) == self._reader.features and self.is_plain(request):
+                return Pooled(self.lookup(*request, stream=stream), self._columns)
+            features = features.to(torch.device("cpu"))
+        return Pooled(self.lookup(*self._reader.read(features), stream=stream), self._columns)
+
+    def lookup(
+        self,
+        values: torch.Tensor,
+        lengths: torch.Tensor,
+        per_sample_weights: torch.Tensor | None = None,
+        *,
+        stream: "torch.cuda.Stream | None" = None,
+    ) -> torch.Tensor:
+        """Looks up one batch in the raw signature, and returns float32 [B, sum(D)] on the device.
+
+        Args:
+            values: int64 [N], the ids, feature after feature in the manifest's order; on the host or the device.
+            lengths: int32 [F * B], feature-major, where `values` are.
+            per_sample_weights: float32 [N] where the artifact is weighted, else None.
+            stream: where the lookup runs, after what the caller's current stream holds by now; by default on that stream.
+                The answer is ready for what is put on the same stream after it.
+
+        Raises:
+            InvalidInputError: naming feature, position, value and what is allowed.
+        """
+        request = Request(values, lengths, per_sample_weights)
+        with on_stream(stream, self.device, request):
+            if self.is_plain(request) and values.numel() and lengths.numel():
+                return self._look_up_there(request)
+            request = self.check_on_host(request)
+            self.check_size(request.lengths)
+            if not request.values.numel() or not request.lengths.numel():
+                bags = request.lengths.numel() // len(self.manifest.features)
+                return torch.zeros(bags, self._width, dtype=torch.float32, device=self.device)
+            return self.run_on_device(pack(request, self.device))
+
+    def capture(self, *, bags: int, ids: int) -> CapturedLookup:
+        """A lookup of `bags` bags a feature and at most `ids` ids, recorded once and then launched as a whole.
+
+        Raises:
+            UnsupportedError: the artifact has a cache of rows, which the host steers at every lookup.
+        """
+        if self.layout.cache is not None:
+            raise UnsupportedError(
+                "a lookup through a cache of rows cannot be captured; load with placement='device' or 'uvm'"
+            )
+        if bags < 1 or ids < 1:
+            raise ValueError(f"bags and ids must be 1 or more, got {bags} and {ids}")
+        return CapturedLookup(self, bags, ids)
+
+    def with_invalid_ids(self, invalid_ids: InvalidIds) -> "DeviceArtifact":
+        """The same artifact over the same rows and graph, that treats ids outside their table in this way."""
+        base = super().with_invalid_ids(invalid_ids)
+        return DeviceArtifact(
+            base.manifest,
+            self._graph,
+            invalid_ids,
+            self.vocabularies,
+            self._mapping,
+            self.device,
+            self.layout,
+            self._order,
+        )
+
+    def warm_up(self, path: str) -> None:
+        """Runs the graph once, and waits for it.
+
+        Raises:
+            GraphError: the graph, which `path` names, does not take or give what the manifest says.
+        """
+        count = len(self.manifest.features)
+        values = torch.zeros(count, dtype=torch.int64, device="cpu")
+        lengths = torch.ones(count, dtype=torch.int32, device="cpu")
+        weights = torch.ones(count, dtype=torch.float32, device="cpu") if self.manifest.weighted else None
+        try:
+            pooled = self.run_on_device(move(Request(values, lengths, weights), self.device)).cpu()
+        except RuntimeError as error:
+            raise GraphError(f"{path} does not run on {self.device}: {last_line(error)}") from error
+        if pooled.shape != (1, self._width) or pooled.dtype is not torch.float32:
+            raise GraphError(f"{path} gives {list(pooled.shape)} {pooled.dtype}, expected [1, {self._width}] float32")
+
+    # --- Steps that a captured lookup takes, too ------------------------------------------------------------------------
+
+    def is_plain(self, request: Request) -> bool:
+        """Whether the request has the graph's types and shapes, and lies on the device."""
+        return is_plain(request, len(self.manifest.features), self.manifest.weighted, self.device)
+
+    def check_on_host(self, request: Request) -> Request:
+        """A request that is not plain, moved to the host where it is not there, and checked."""
+        here = [part.cpu() if isinstance(part, torch.Tensor) else part for part in request]
+        return self._reader.check(Request(*here), ids=self._check_ids)  # type: ignore[arg-type]  # it says what they are
+
+    def check_size(self, lengths: torch.Tensor) -> None:
+        """Refuses a batch whose answer the kernels cannot address."""
+        bags = lengths.numel() // len(self.manifest.features)
+        if bags * self._width > _MOST_OUTPUTS:
+            raise InvalidInputError(
+                f"lengths: {bags} bags of {self._width} values are more than a lookup on a GPU gives (2**31 - 1 values); "
+                "split the batch"
+            )
+
+    def inspect(self, request: Request) -> torch.Tensor:
+        """The numbers that tell a bad request (`inspect_request`), on the device."""
+        return inspect_request(request.values, request.lengths, self._num_embeddings)
+
+    def run_on_device(self, request: Request) -> torch.Tensor:
+        """The graph, on a request of its types and shapes that lies on the device; safe whatever the request holds."""
+        if self.layout.cache is None:
+            return self._run(request)
+        with self._order:
+            return self._run(request)
+
+    def raise_if_bad(self, verdict: list[int], request: Request) -> None:
+        """Raises what the request would raise on a CPU, where the numbers of `inspect` say so."""
+        raise_if_bad(verdict, request.values.numel(), request, self._reader, ids=self._check_ids)
+
+    def _look_up_there(self, request: Request) -> torch.Tensor:
+        values, lengths, weights = request
+        self.check_size(lengths)
+        verdict = Verdict(self.inspect(request))
+        weights = None if weights is None else weights.to(torch.float32)
+        pooled = self.run_on_device(Request(values.to(torch.int64), lengths.to(torch.int32), weights))
+        self.raise_if_bad(verdict.wait(), request)
+        return pooled

@@ -1,0 +1,83 @@
+"""A `DeviceArtifact` whose device is the CPU: everything of a GPU's lookup but CUDA itself, and small manifests to place."""
+
+import itertools
+from pathlib import Path
+
+import torch
+
+from runtime_py.device_artifact import DeviceArtifact
+from runtime_py.device_graph import attach_device_rows, without_fusion
+from runtime_py.device_layout import DeviceLayout, plan_layout
+from runtime_py.device_rows import copy_rows
+from runtime_py.manifest import ROW_FORMATS, Digest, Feature, Graph, Manifest, Output, ParitySummary, Provenance, Table
+from runtime_py.operators import load_operators
+from runtime_py.tensor_file import layout_tables
+from runtime_py.torchscript import load_torchscript
+from runtime_py.verify import open_verified
+
+CPU = torch.device("cpu")
+HOST = 3  # FBGEMM's number: its CPU kernel refuses those of a GPU
+
+
+def load_on_cpu(path: Path, memory_bytes: int = 1 << 40, chunk_bytes: int = 1000) -> DeviceArtifact:
+    """What `runtime_py.cuda` does, with a CPU for the device. Only placement "device" can be run so."""
+    with open_verified(path, "full") as verified:
+        manifest, graph = verified.manifest, verified.manifest.graphs[0]
+        load_operators(graph.operator_libraries)
+        layout = plan_layout(manifest, "device", memory_bytes)
+        nothing = torch.empty(0, dtype=torch.uint8)
+        scripted = load_torchscript(manifest, graph, verified.contents[graph.path], nothing)
+        memory = torch.full((layout.device_bytes,), 0xAA, dtype=torch.uint8)
+        data = verified.weights.map()
+        copy_rows(data, verified.weights.mapping, layout, {"device": memory}, 2, chunk_bytes)
+        attach_device_rows(scripted, manifest, graph, layout, memory, nothing)
+        scripted.weights_placements = torch.full((len(manifest.features),), HOST, dtype=torch.int32)
+        mapping = verified.weights.mapping
+    artifact = DeviceArtifact(manifest, without_fusion(scripted), "error", {}, mapping, CPU, layout)
+    artifact.warm_up(graph.path)
+    return artifact
+
+
+def describe(tables: dict[str, tuple[int, int, str]], features: dict[str, str] | None = None) -> Manifest:
+    """A manifest of tables by name, (rows, dim, precision), and features by name; there are no files."""
+    digest = Digest("sha256-rows-1048576", "0" * 64)
+    made = [
+        Table(name, rows, dim, precision, ROW_FORMATS[precision].row_bytes(dim), 0, digest)  # type: ignore[arg-type, index]
+        for name, (rows, dim, precision) in tables.items()
+    ]
+    offsets = layout_tables(made)
+    made = [Table(*(*vars(table).values(),)[:5], offsets[table.name], digest) for table in made]
+    features = features if features is not None else {name: name for name in tables}
+    return Manifest(
+        format_version=1,
+        artifact_id="0" * 64,
+        tables=made,
+        features=[Feature(name, table, "sum", False) for name, table in features.items()],
+        outputs=[Output(name, tables[table][1]) for name, table in features.items()],
+        weighted=False,
+        weights_offset_bytes=4096,
+        weights_bytes=sum(table.bytes for table in made),
+        vocabularies=[],
+        graphs=[Graph("torchscript", "cpu", "graphs/lookup.torchscript.pt", [], "2", "1")],
+        files=[],
+        accuracy=[],
+        choices=[],
+        parity=ParitySummary(0, 0, "", 0.0, 0.0),
+        provenance=Provenance([], {}, {}, ""),
+        manifest_digest=digest,
+    )
+
+
+def check_layout(manifest: Manifest, layout: DeviceLayout) -> None:
+    """What must hold of every layout: tables aligned, apart, inside their memory; every feature's table placed."""
+    assert set(layout.tables) == {feature.table for feature in manifest.features}
+    for memory, size in (("device", layout.device_bytes), ("uvm", layout.uvm_bytes)):
+        placed = [each for each in layout.tables.values() if (each.location == "device") == (memory == "device")]
+        spans = sorted((each.offset_bytes, each.offset_bytes + each.bytes) for each in placed)
+        assert all(start % 128 == 0 for start, _ in spans)
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+        assert not spans or 0 <= size - spans[-1][1] < 128
+        assert spans or size == 0
+    for placed_table in layout.tables.values():
+        assert placed_table.row_bytes % 16 == 0
+        assert 0 <= placed_table.row_bytes - placed_table.table.row_bytes < 16
