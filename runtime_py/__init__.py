@@ -7,9 +7,12 @@
 Modules: `artifact` (load and look up), `inputs` (requests and their checks), `verify` (is it what was published),
 `tensor_file` (a mapped file of known tensors), `weights` and `vocabulary` (its two kinds), `manifest` (the contract),
 `torchscript` and `aot_inductor` (the graphs), `operators` (FBGEMM's libraries), `digests`, `parallel`, `errors`.
+On a GPU: `cuda` (load), `device_layout` (where tables lie), `device_rows` (their way there), `device_graph` (the graph over
+them), `device_artifact` and `captured` (look up), `device_inputs` (checks there), `device_stream`.
 """
 
 from runtime_py.artifact import Artifact, Pooled, load_artifact
+from runtime_py.device_artifact import DeviceArtifact
 from runtime_py.errors import (
     ArtifactError,
     DeviceMemoryError,
@@ -34,6 +37,7 @@ from runtime_py.vocabulary import Vocabulary
 __all__ = [
     "Artifact",
     "ArtifactError",
+    "DeviceArtifact",
     "DeviceMemoryError",
     "DigestMismatchError",
     "ExtraFileError",

@@ -105,7 +105,7 @@ def _choose_graph(manifest: Manifest, backend: str) -> Graph:
 
 def _check_kernels(operators: list[str]) -> None:
     for name in operators:
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
+        if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, "CUDA"):
             raise UnsupportedError(
                 f"the installed FBGEMM has no CUDA kernel of {name}; install fbgemm-gpu in place of fbgemm-gpu-cpu"
             )

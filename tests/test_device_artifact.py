@@ -10,22 +10,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from device_support import CPU, load_on_cpu
+from device_support import CPU, describe, load_on_cpu
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, construct_cache_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import make_rows, state_dict, write_config
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from export.lookup import make_lookup
 from runtime_py import Artifact, GraphError, InvalidInputError, Jagged, UnsupportedError, load_artifact
 from runtime_py.device_artifact import DeviceArtifact
-from runtime_py.device_graph import attach_device_rows
+from runtime_py.device_graph import attach_cache, attach_device_rows
 from runtime_py.device_inputs import inspect_request, is_plain
-from runtime_py.device_layout import CacheLayout, DeviceLayout
+from runtime_py.device_layout import LOCATIONS, CacheLayout, DeviceLayout, plan_layout
 from runtime_py.device_stream import pack
 from runtime_py.inputs import Request
 
 DIMS = {"fp32": [1, 3, 4, 33], "fp16": [1, 5, 8, 65], "int8": [2, 10, 66], "int4": [4, 12, 100], "int2": [8, 24, 72]}
 ROWS = 50
+CACHED_FEATURES = {"f0": "y", "f1": "tiny", "f2": "x", "f3": "y"}
 
 
 def make_tables(weighted: bool) -> list[dict[str, Any]]:
@@ -303,3 +306,42 @@ def test_a_graph_that_was_built_before_is_refused_by_name(there: DeviceArtifact)
 
 def test_it_says_what_it_is(there: DeviceArtifact) -> None:
     assert repr(there) == f"DeviceArtifact({there.manifest.artifact_id[:12]}, device='cpu')"
+
+
+def test_the_graph_s_metadata_moves_to_the_device(folder: Path, there: DeviceArtifact) -> None:
+    """To "meta", which needs no GPU: what stayed behind would be refused by FBGEMM's kernels."""
+    graph = there.manifest.graphs[0]
+    scripted = torch.jit.load(folder / graph.path, map_location="cpu")
+    nothing = torch.empty(0, dtype=torch.uint8, device="meta")
+    attach_device_rows(scripted, there.manifest, graph, there.layout, nothing, nothing)
+    names = ["weights", "uvm_weights", "weights_placements", "weights_offsets", "weights_types", "dim_offsets"]
+    names += ["num_embeddings", "is_mean", "is_weighted", "column_features"]
+    assert {name: getattr(scripted, name).device.type for name in names} == dict.fromkeys(names, "meta")
+    assert (scripted.row_alignment, scripted.raises, scripted.cached) == (16, False, False)
+
+
+def test_a_cache_starts_empty_as_fbgemm_s_own_module_has_it(capfd: pytest.CaptureFixture[str]) -> None:
+    manifest = describe({"x": (1000, 64, "fp16"), "tiny": (3, 4, "fp32"), "y": (500, 100, "int8")}, CACHED_FEATURES)
+    layout = plan_layout(manifest, "uvm_cache", 60_000)
+    lookup = torch.jit.script(make_lookup(manifest.tables, manifest.features))
+    attach_cache(lookup, manifest, layout, CPU)
+    assert layout.cache is not None
+    names = list(layout.tables)
+    state = construct_cache_state(
+        [layout.tables[name].table.num_embeddings for name in names],
+        [EmbeddingLocation(LOCATIONS[layout.tables[name].location]) for name in names],
+        [names.index(table) for table in CACHED_FEATURES.values()],
+    )
+    assert lookup.cached is True
+    assert lookup.cache_rows == state.total_cache_hash_size
+    assert lookup.cache_starts.tolist() == state.cache_hash_size_cumsum
+    assert lookup.cache_features.tolist() == state.cache_index_table_map
+    assert lookup.cache_features.dtype is torch.int32
+    assert lookup.cache_weights.shape == (layout.cache.sets * 32, layout.cache.row_bytes)
+    assert lookup.cache_state.shape == lookup.cache_times.shape == (layout.cache.sets, 32)
+    assert set(lookup.cache_state.view(-1).tolist()) == {-1}
+    assert not lookup.cache_times.any()
+    lookup(torch.zeros(4, dtype=torch.int64), torch.ones(4, dtype=torch.int32))
+    assert (
+        "uvm_caching_codegen_lookup_function shouldn't be called for CPU" in capfd.readouterr().err
+    )  # the way it takes
