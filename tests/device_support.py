@@ -2,40 +2,34 @@
 
 import itertools
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
+from runtime_py import cuda, load_artifact
+from runtime_py.artifact import InvalidIds
 from runtime_py.device_artifact import DeviceArtifact
-from runtime_py.device_graph import attach_device_rows, without_fusion
-from runtime_py.device_layout import DeviceLayout, plan_layout
-from runtime_py.device_rows import copy_rows
-from runtime_py.manifest import ROW_FORMATS, Digest, Feature, Graph, Manifest, Output, ParitySummary, Provenance, Table
-from runtime_py.operators import load_operators
+from runtime_py.device_layout import LOCATIONS, DeviceLayout
+from runtime_py.digests import Digest
+from runtime_py.manifest import ROW_FORMATS, Feature, Graph, Manifest, Output, ParitySummary, Provenance, Table
 from runtime_py.tensor_file import layout_tables
-from runtime_py.torchscript import load_torchscript
-from runtime_py.verify import open_verified
+from runtime_py.verify import Verify
 
 CPU = torch.device("cpu")
 HOST = 3  # FBGEMM's number: its CPU kernel refuses those of a GPU
 
 
-def load_on_cpu(path: Path, memory_bytes: int = 1 << 40, chunk_bytes: int = 1000) -> DeviceArtifact:
-    """What `runtime_py.cuda` does, with a CPU for the device. Only placement "device" can be run so."""
-    with open_verified(path, "full") as verified:
-        manifest, graph = verified.manifest, verified.manifest.graphs[0]
-        load_operators(graph.operator_libraries)
-        layout = plan_layout(manifest, "device", memory_bytes)
-        nothing = torch.empty(0, dtype=torch.uint8)
-        scripted = load_torchscript(manifest, graph, verified.contents[graph.path], nothing)
-        memory = torch.full((layout.device_bytes,), 0xAA, dtype=torch.uint8)
-        data = verified.weights.map()
-        copy_rows(data, verified.weights.mapping, layout, {"device": memory}, 2, chunk_bytes)
-        attach_device_rows(scripted, manifest, graph, layout, memory, nothing)
-        scripted.weights_placements = torch.full((len(manifest.features),), HOST, dtype=torch.int32)
-        mapping = verified.weights.mapping
-    artifact = DeviceArtifact(manifest, without_fusion(scripted), "error", {}, mapping, CPU, layout)
-    artifact.warm_up(graph.path)
-    return artifact
+def load_on_cpu(path: Path, verify: Verify = "full", invalid_ids: InvalidIds = "error") -> DeviceArtifact:
+    """`load_artifact` onto a GPU, step by step, with a CPU for the device. Only placement "device" can be run so."""
+    with (
+        patch.object(cuda, "find_device", lambda name: CPU),
+        patch.object(cuda, "_check_kernels", lambda operators: None),
+        patch.object(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40)),
+        patch.dict(LOCATIONS, device=HOST),
+    ):
+        loaded = load_artifact(path, device="cuda", verify=verify, invalid_ids=invalid_ids)
+    assert isinstance(loaded, DeviceArtifact)
+    return loaded
 
 
 def describe(tables: dict[str, tuple[int, int, str]], features: dict[str, str] | None = None) -> Manifest:
