@@ -2,32 +2,31 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
 
 from runtime_py import cuda, load_artifact
-from runtime_py.artifact import InvalidIds
 from runtime_py.device_artifact import DeviceArtifact
 from runtime_py.device_layout import LOCATIONS, DeviceLayout
 from runtime_py.digests import Digest
 from runtime_py.manifest import ROW_FORMATS, Feature, Graph, Manifest, Output, ParitySummary, Provenance, Table
 from runtime_py.tensor_file import layout_tables
-from runtime_py.verify import Verify
 
 CPU = torch.device("cpu")
 HOST = 3  # FBGEMM's number: its CPU kernel refuses those of a GPU
 
 
-def load_on_cpu(path: Path, verify: Verify = "full", invalid_ids: InvalidIds = "error") -> DeviceArtifact:
-    """`load_artifact` onto a GPU, step by step, with a CPU for the device. Only placement "device" can be run so."""
+def load_on_cpu(path: Path, **options: Any) -> DeviceArtifact:
+    """`load_artifact` onto a GPU, step by step, with a CPU for the device; only where all rows lie on the device."""
     with (
         patch.object(cuda, "find_device", lambda name: CPU),
         patch.object(cuda, "_check_kernels", lambda operators: None),
         patch.object(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40)),
         patch.dict(LOCATIONS, device=HOST),
     ):
-        loaded = load_artifact(path, device="cuda", verify=verify, invalid_ids=invalid_ids)
+        loaded = load_artifact(path, device="cuda", **options)
     assert isinstance(loaded, DeviceArtifact)
     return loaded
 

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ class Spec:
     dim: int
     precision: ServingPrecision
     features: int = 1
-    pooling: str = "sum"
+    pooling: Literal["sum", "mean"] = "sum"
     weighted: bool = False
 
 
