@@ -1,4 +1,4 @@
-"""The command line: `python -m export plan | build | verify | inspect | report`.
+"""The command line: `python -m export plan | build | verify | inspect | report | triton`.
 
 stdout carries the result, stderr the progress. Exit codes: 0 done, 1 refused with one clear error, 2 usage, 3 a parity
 or accuracy gate failed, 130 and 143 stopped by a signal. This module prints and exits; it decides nothing.
@@ -164,6 +164,31 @@ def report(
     except OSError as error:
         raise ExportError(f"--output: {output}: cannot be written: {error.strerror}") from error
     _write(f"{output}\n")
+
+
+@app.command()
+def triton(
+    artifact: Annotated[Path, typer.Argument(help="The artifact's folder.")],
+    repository: Annotated[Path, typer.Option(help="The model repository; made where it is missing.")],
+    name: Annotated[
+        str, typer.Option(help="What the models' names start with; `_` and the graph follow.")
+    ] = "large_embeddings",
+    graph: Annotated[
+        list[str] | None, typer.Option(help="A graph to serve, such as onnx; may be repeated; default: all.")
+    ] = None,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy the files, for another file system, instead of linking them.")
+    ] = False,
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Write a model repository for Triton Inference Server over an artifact's one weight file."""
+    from export.triton import write_repository
+
+    models = write_repository(artifact, repository, name=name, graphs=graph or (), copy=copy)
+    if as_json:
+        _write(_to_json({"repository": str(repository), "models": [model.to_json() for model in models]}))
+        return
+    _write("".join(f"{model.path}: {model.graph}, Triton's {model.backend} backend\n" for model in models))
 
 
 @app.command()

@@ -35,11 +35,14 @@ class Staging:
 
 
 @contextmanager
-def staged(target: Path, *, adopt: Callable[[Path], bool] | None = None) -> Iterator[Staging]:
+def staged(
+    target: Path, *, place: Path | None = None, adopt: Callable[[Path], bool] | None = None
+) -> Iterator[Staging]:
     """A staging folder for `target`, removed at the end unless it was published.
 
     Args:
         target: the artifact's folder; it must not exist.
+        place: where to stage, on the target's file system; default: beside the target.
         adopt: says whether a container is one to go on with: the first such one of builds that were killed is taken over,
             as it is, and so may be this one, which stays if the body raises; a note of the exception names it.
 
@@ -55,8 +58,9 @@ def staged(target: Path, *, adopt: Callable[[Path], bool] | None = None) -> Iter
         with writing(target):
             made = [folder for folder in target.parents if not os.path.exists(folder)]  # innermost first
             target.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(target.parent):  # or a build that begins just now takes ours, not yet locked, for abandoned
-                held = _clean_up(target, adopt) or _make_container(target)
+            place = place or target.parent
+            with _locked(place):  # or a build that begins just now takes ours, not yet locked, for abandoned
+                held = _clean_up(target, place, adopt) or _make_container(target, place)
             staging = Staging(held.container, held.container / _FOLDER)
             staging.folder.mkdir(exist_ok=True)
             yield staging
@@ -143,7 +147,7 @@ def refuse_existing(target: Path) -> None:
 
 
 def _existing(target: Path) -> PublishError:
-    return PublishError(f"{target}: exists already; an artifact is never changed, choose another --output")
+    return PublishError(f"{target}: exists already; what is published is never changed, choose another name")
 
 
 def _remove_empty(folders: list[Path]) -> None:
@@ -174,8 +178,8 @@ def _prefix(target: Path) -> str:
     return f".{target.name}.staging-"
 
 
-def _make_container(target: Path) -> _Held:
-    container = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+def _make_container(target: Path, place: Path) -> _Held:
+    container = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=place))
     try:
         lock = os.open(container / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError:
@@ -185,10 +189,10 @@ def _make_container(target: Path) -> _Held:
     return _Held(container, lock)
 
 
-def _clean_up(target: Path, adopt: Callable[[Path], bool] | None) -> _Held | None:
+def _clean_up(target: Path, place: Path, adopt: Callable[[Path], bool] | None) -> _Held | None:
     """Removes the containers of builds that were killed, whose lock is free, but the first to adopt."""
     adopted = None
-    for path in sorted(path for path in target.parent.iterdir() if path.name.startswith(_prefix(target))):
+    for path in sorted(path for path in place.iterdir() if path.name.startswith(_prefix(target))):
         try:
             lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
@@ -220,4 +224,9 @@ def _describe(error: OSError, target: Path) -> PublishError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(target.parent).free
         return PublishError(f"{where}: the disk is full ({free:,} bytes free); free some space and build again")
+    if error.errno == errno.EXDEV and error.filename2:
+        return PublishError(
+            f"{target}: is on another file system, or mount, than {where}, where it was staged; "
+            "choose a folder below the mount point"
+        )
     return PublishError(f"{where}: cannot be written: {error.strerror or error}")

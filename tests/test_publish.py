@@ -198,7 +198,7 @@ def test_an_existing_target_is_refused_before_anything_is_done(tmp_path: Path, k
     before = tree(tmp_path)
     with pytest.raises(PublishError) as caught, staged(target):
         pytest.fail("the build ran")
-    assert str(caught.value) == f"{target}: exists already; an artifact is never changed, choose another --output"
+    assert str(caught.value) == f"{target}: exists already; what is published is never changed, choose another name"
     assert tree(tmp_path) == before
     assert target.is_symlink() == ("symlink" in kind)
 
@@ -213,7 +213,7 @@ def test_a_target_that_appears_while_the_artifact_is_built_is_refused_and_kept(t
         hidden = staging.relative_to(tmp_path).parts[0]
         before = {path: data for path, data in tree(tmp_path).items() if not path.startswith(hidden)}
         publish(staging, target)
-    assert str(caught.value) == f"{target}: exists already; an artifact is never changed, choose another --output"
+    assert str(caught.value) == f"{target}: exists already; what is published is never changed, choose another name"
     assert tree(tmp_path) == before
     assert target.is_symlink() == ("symlink" in kind)
 
