@@ -1,4 +1,4 @@
-"""The command line: `python -m export plan | build | verify | inspect | report | triton`.
+"""The command line: `python -m export plan | build | verify | inspect | report | triton | doctor`.
 
 stdout carries the result, stderr the progress. Exit codes: 0 done, 1 refused with one clear error, 2 usage, 3 a parity
 or accuracy gate failed, 130 and 143 stopped by a signal. This module prints and exits; it decides nothing.
@@ -189,6 +189,20 @@ def triton(
         _write(_to_json({"repository": str(repository), "models": [model.to_json() for model in models]}))
         return
     _write("".join(f"{model.path}: {model.graph}, Triton's {model.backend} backend\n" for model in models))
+
+
+@app.command()
+def doctor(
+    artifact: Annotated[Path | None, typer.Argument(help="An artifact's folder: would it run here?")] = None,
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Say what is installed, whether it fits together, and whether an artifact would run here; exit 1 where not."""
+    from export.doctor import describe, diagnose
+
+    diagnosis = diagnose(artifact)
+    _write(_to_json(asdict(diagnosis)) if as_json else describe(diagnosis))
+    if diagnosis.problems:
+        raise ExportError("\n".join(diagnosis.problems))
 
 
 @app.command()

@@ -16,7 +16,7 @@ from runtime_py.errors import GraphError, UnsupportedError
 from runtime_py.manifest import ROW_FORMATS, Graph, Manifest
 from runtime_py.torchscript import last_line, versions
 
-__all__ = ["HOST", "check_isa", "load_aot_inductor", "make_constants"]
+__all__ = ["HOST", "ISAS", "check_isa", "load_aot_inductor", "make_constants"]
 
 HOST = 3  # fbgemm EmbeddingLocation.HOST: rows are read from `weights` in host memory
 _MODEL = "model"  # what torch calls the one model of a package
@@ -43,6 +43,7 @@ _FLAGS = {
     "x86-64-v3": _V3,
     "x86-64-v4": _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
 }
+ISAS = tuple(_FLAGS)  # what `check_isa` knows
 
 
 def check_isa(isa: str) -> None:
