@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from support import make_rows, run_export, state_dict, write_config
+from test_triton import FakeServer
 
 from export import build_artifact
 from export.aot_inductor import _unpack
 from export.errors import ConfigError, ExportError
 from export.golden import read_cases
+from export.triton import write_repository
 from runtime_py import DigestMismatchError, GraphError, UnsupportedError, aot_inductor, load_artifact, verify_artifact
 from runtime_py.manifest import AOT_INDUCTOR_FILES
 
@@ -109,6 +111,15 @@ print(any(name.startswith(("torch._inductor.codecache", "torch._dynamo", "fbgemm
 """
     done = subprocess.run([sys.executable, "-c", program, built.artifact], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0", "1", "False"]
+
+
+def test_in_a_model_repository_for_triton_it_gives_the_golden_answers_bit_for_bit(built, tmp_path, monkeypatch):
+    [model] = write_repository(built.artifact, tmp_path / "models", graphs=["aot_inductor"])
+    server = FakeServer(monkeypatch, tmp_path / "models" / model.name, parameters={"invalid_ids": "zero"})
+    for case in read_cases(built.artifact).values():
+        [response] = server.ask(case.request)
+        pooled = torch.from_numpy(response.output_tensors[0].array)
+        assert torch.equal(pooled.view(torch.int32), case.pooled.view(torch.int32))
 
 
 def test_an_instruction_set_that_the_cpu_lacks_is_refused_before_the_library_is_opened(built, monkeypatch):
