@@ -76,7 +76,7 @@ def staged(
         with _signals_deferred():
             if held is not None:
                 if not keep:
-                    shutil.rmtree(held.container, ignore_errors=True)
+                    _remove(held.container)
                 os.close(held.lock)
             if not os.path.lexists(target):
                 _remove_empty(made)
@@ -196,18 +196,33 @@ def _clean_up(target: Path, place: Path, adopt: Callable[[Path], bool] | None) -
         try:
             lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
-            continue  # gone, or not ours
+            with suppress(
+                OSError
+            ):  # gone, or not ours, unless it is empty: killed before it was locked, or when it was done
+                path.rmdir()
+            continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if adopted is None and adopt is not None and adopt(path):
                 adopted = _Held(path, os.dup(lock))  # and so still held
             else:
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
         except BlockingIOError:
             continue  # another build fills it
         finally:
             os.close(lock)
     return adopted
+
+
+def _remove(container: Path) -> None:
+    """Deletes a container, its lock last: by that the next build knows what is left, should this one be killed meanwhile."""
+    with suppress(OSError):
+        for path in container.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != _LOCK:
+                path.unlink()
+    shutil.rmtree(container, ignore_errors=True)
 
 
 def fsync(path: Path) -> None:
@@ -223,7 +238,7 @@ def _describe(error: OSError, target: Path) -> PublishError:
     where = error.filename or target.parent
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(target.parent).free
-        return PublishError(f"{where}: the disk is full ({free:,} bytes free); free some space and build again")
+        return PublishError(f"{where}: the disk is full ({free:,} bytes free); free some space and try again")
     if error.errno == errno.EXDEV and error.filename2:
         return PublishError(
             f"{target}: is on another file system, or mount, than {where}, where it was staged; "

@@ -238,6 +238,30 @@ def test_the_next_build_removes_what_a_killed_one_left_and_spares_a_live_one(tmp
     assert tree(tmp_path) == {"artifact": None, **{f"artifact/{path}": data for path, data in FILLED.items()}}
 
 
+def test_the_empty_container_of_a_build_that_was_killed_before_it_had_its_lock_goes_too(tmp_path: Path) -> None:
+    (tmp_path / ".artifact.staging-abc").mkdir()
+    with staged(tmp_path / "artifact"):
+        pass
+    assert tree(tmp_path) == {}
+
+
+def test_a_removal_takes_the_lock_last_so_that_one_that_is_killed_can_be_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rmtree, left = shutil.rmtree, []
+
+    def remove(path: Path, **options: bool) -> None:
+        left.append(sorted(entry.name for entry in Path(path).iterdir()))
+        rmtree(path, **options)
+
+    with staged(tmp_path / "artifact") as made:
+        fill(made.folder)
+        write_file(made.container / "journal", b"")
+        monkeypatch.setattr(shutil, "rmtree", remove)
+    assert left == [["manifest.json", "weights"], ["export.lock"]]
+    assert tree(tmp_path) == {}
+
+
 @pytest.mark.parametrize("name", ["artifact[1]", "*", "a?c", "[!x]", "[", "two words", "-x", "ünï"])
 def test_what_a_killed_build_left_is_found_under_any_name(tmp_path: Path, name: str) -> None:
     killed = Build(tmp_path / name)
@@ -300,7 +324,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, number: int) -> None:
         raise OSError(number, os.strerror(number))
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'new'}: the disk is full (")
-    assert message.endswith(" bytes free); free some space and build again")
+    assert message.endswith(" bytes free); free some space and try again")
     assert tree(tmp_path) == {}
 
 
@@ -362,7 +386,7 @@ def test_a_disk_that_fills_up_during_the_build_leaves_nothing_on_it(tiny_disk: P
         staging = made.folder
         for number in range(100):
             write_file(staging / str(number), bytes(4096))
-    assert str(caught.value).endswith("the disk is full (0 bytes free); free some space and build again")
+    assert str(caught.value).endswith("the disk is full (0 bytes free); free some space and try again")
     assert tree(tiny_disk) == {}
 
 
