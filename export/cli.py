@@ -1,4 +1,4 @@
-"""The command line: `python -m export plan | build | verify | inspect | report | triton | doctor`.
+"""The command line: `python -m export plan | build | verify | inspect | report | triton | publish | rollback | doctor`.
 
 stdout carries the result, stderr the progress. Exit codes: 0 done, 1 refused with one clear error, 2 usage, 3 a parity
 or accuracy gate failed, 130 and 143 stopped by a signal. This module prints and exits; it decides nothing.
@@ -32,6 +32,7 @@ from runtime_py.verify import verify_artifact
 
 if TYPE_CHECKING:
     from export.plan import Preview
+    from export.versions import Move
 
 __all__ = ["main"]
 
@@ -215,6 +216,37 @@ def inspect(
     _write(_to_json(asdict(manifest)) if as_json else _summary(artifact, manifest))
 
 
+@app.command()
+def publish(
+    artifact: Annotated[Path, typer.Argument(help="The artifact's folder.")],
+    to: Annotated[Path, typer.Option(help="The root: the folder of current.json and of all versions.")],
+    keep: Annotated[
+        int | None, typer.Option(min=2, help="Delete all but so many versions, those that were current last.")
+    ] = None,
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Copy an artifact to a root, verify the copy, and make it the version that servers take."""
+    from export.versions import publish_version
+
+    move = publish_version(artifact, to, keep)
+    _write(_to_json(move.to_json()) if as_json else _describe_move(move))
+
+
+@app.command()
+def rollback(
+    to: Annotated[Path, typer.Option(help="The root: the folder of current.json and of all versions.")],
+    version: Annotated[
+        str | None, typer.Argument(help="The version, or the start of its name; default: the one before.")
+    ] = None,
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Verify an earlier version, and make it the one that servers take."""
+    from export.versions import roll_back
+
+    move = roll_back(to, version)
+    _write(_to_json(move.to_json()) if as_json else _describe_move(move))
+
+
 class _Stopped(BaseException):
     """A signal asks the process to stop."""
 
@@ -306,6 +338,16 @@ def _summary(artifact: Path, manifest: Manifest) -> str:
         f"at most {parity.quantization_max_error:.3g} from float32, {math.ceil(100 * share):.0f}% of the bound",
     )
     return text.getvalue()
+
+
+def _describe_move(move: "Move") -> str:
+    lines = [f"current    {move.version}" + ("" if move.moved else ", as before")]
+    lines += [f"before     {name}" for name in move.history[:1]]
+    lines += [f"deleted    {name}" for name in move.deleted]
+    lines += [
+        f"in use     {name}: a server has it mapped; the next publish with --keep tries again" for name in move.in_use
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _describe_preview(preview: "Preview") -> str:

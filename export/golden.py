@@ -1,35 +1,21 @@
-"""The golden cases: requests, and what the artifact answered when it was built, for any loader to replay.
+"""The golden cases of an artifact, written when it is built; `runtime_py.golden` reads and replays them.
 
-One safetensors file with `<case>/values`, `<case>/lengths`, `<case>/per_sample_weights` (where the artifact is weighted)
-and `<case>/pooled`: the adversarial batches of the parity gate and its first random one. Cases run in the order of their
-names. They hold ids outside of their tables, so that a loader must be told to let these contribute zero.
+They are the adversarial batches of the parity gate and its first random one.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from export.errors import GateError
 from runtime_py import load_artifact
-from runtime_py.errors import ArtifactError
-from runtime_py.inputs import Request
+from runtime_py.errors import GoldenCaseError
+from runtime_py.golden import GoldenCase, read_cases
+from runtime_py.golden import replay_cases as replay_loaded
 from runtime_py.manifest import Manifest
 
-__all__ = ["GOLDEN", "GoldenCase", "replay_cases", "write_cases"]
-
-GOLDEN = "golden/cases.safetensors"
-
-
-@dataclass(frozen=True)
-class GoldenCase:
-    """A request in the raw signature, and the answer, float32 [B, sum(D)]."""
-
-    request: Request
-    pooled: torch.Tensor
+__all__ = ["replay_cases", "write_cases"]
 
 
 def write_cases(path: Path, cases: Mapping[str, GoldenCase]) -> None:
@@ -43,31 +29,6 @@ def write_cases(path: Path, cases: Mapping[str, GoldenCase]) -> None:
     save_file(tensors, path)
 
 
-def read_cases(artifact: Path) -> dict[str, GoldenCase]:
-    """The cases of an artifact whose files were verified, by name.
-
-    Raises:
-        ArtifactError: it has none, or the file is damaged.
-    """
-    path = artifact / GOLDEN
-    try:
-        tensors = load_file(path)
-        names = sorted({name.rpartition("/")[0] for name in tensors})
-        return {
-            name: GoldenCase(
-                Request(
-                    tensors[f"{name}/values"], tensors[f"{name}/lengths"], tensors.get(f"{name}/per_sample_weights")
-                ),
-                tensors[f"{name}/pooled"],
-            )
-            for name in names
-        }
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path}: the artifact has no golden cases; build it again") from error
-    except (OSError, SafetensorError, KeyError) as error:
-        raise ArtifactError(f"{path}: cannot be read: {error}; restore it or build again") from error
-
-
 def replay_cases(artifact: Path, manifest: Manifest) -> int:
     """Runs every golden case through the loader, and returns how many there are.
 
@@ -75,29 +36,10 @@ def replay_cases(artifact: Path, manifest: Manifest) -> int:
         ArtifactError: the cases cannot be read, or the artifact cannot be loaded here.
         GateError: naming the first case, output, bag and column whose answer is not the same, bit for bit.
     """
-    loaded = load_artifact(artifact, verify="sizes", invalid_ids="zero")
-    cases = read_cases(artifact)
-    for name, case in cases.items():
-        pooled = loaded.lookup(*case.request)
-        if pooled.shape != case.pooled.shape:
-            raise GateError(
-                f"{artifact}: golden case '{name}': shape {list(pooled.shape)}, expected {list(case.pooled.shape)}"
-            )
-        different = (pooled.view(torch.int32) != case.pooled.view(torch.int32)).nonzero()
-        if len(different):
-            bag, column = different[0].tolist()
-            raise GateError(
-                f"{artifact}: golden case '{name}': output '{_output_of(manifest, column)}', bag {bag}: column {column} is "
-                f"{pooled[bag, column].item()!r}, and was {case.pooled[bag, column].item()!r} when the artifact was built; "
-                "compare the versions in its manifest with those installed"
-            )
+    loaded = load_artifact(artifact, verify="sizes")
+    cases = read_cases(artifact, manifest)
+    try:
+        replay_loaded(loaded, cases)
+    except GoldenCaseError as error:
+        raise GateError(f"{artifact}: {error}") from error
     return len(cases)
-
-
-def _output_of(manifest: Manifest, column: int) -> str:
-    end = 0
-    for output in manifest.outputs:
-        end += output.dim
-        if column < end:
-            return output.key
-    return "none"

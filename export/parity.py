@@ -20,10 +20,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from export.accuracy import ProbeRows, dequantize
 from export.config import DataType, EmbeddingBagConfig, LargeEmbeddingsConfig, Precision
 from export.errors import GateError
-from export.golden import GoldenCase
 from export.large_embeddings import LargeEmbeddings, torchrec_tables
 from export.quantize import SCALE_BIAS_BYTES, levels, quantized
 from runtime_py import Artifact, InvalidInputError, load_artifact
+from runtime_py.golden import GoldenCase
 from runtime_py.inputs import Request
 from runtime_py.manifest import ParitySummary, read_manifest
 

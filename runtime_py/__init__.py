@@ -6,7 +6,8 @@
 
 Modules: `artifact` (load and look up), `inputs` (requests and their checks), `verify` (is it what was published),
 `tensor_file` (a mapped file of known tensors), `weights` and `vocabulary` (its two kinds), `manifest` (the contract),
-`torchscript` and `aot_inductor` (the graphs), `operators` (FBGEMM's libraries), `digests`, `parallel`, `errors`.
+`torchscript` and `aot_inductor` (the graphs), `operators` (FBGEMM's libraries), `golden` (answers to replay), `pointer`
+(the current one of many versions), `reloading` (follows it), `compatibility`, `digests`, `parallel`, `errors`.
 On a GPU: `cuda` (load), `device_layout` (where tables lie), `device_rows` (their way there), `device_graph` (the graph over
 them), `device_artifact` and `captured` (look up), `device_inputs` (checks there), `device_stream`.
 """
@@ -18,10 +19,13 @@ from runtime_py.errors import (
     DeviceMemoryError,
     DigestMismatchError,
     ExtraFileError,
+    GoldenCaseError,
     GraphError,
+    IncompatibleError,
     InvalidInputError,
     ManifestError,
     MissingFileError,
+    PointerError,
     SizeMismatchError,
     UnknownFieldError,
     UnknownFormatVersionError,
@@ -31,6 +35,7 @@ from runtime_py.errors import (
 )
 from runtime_py.inputs import Jagged
 from runtime_py.manifest import Manifest
+from runtime_py.reloading import Refusal, ReloadingArtifact, ReloadStatus
 from runtime_py.verify import verify_artifact
 from runtime_py.vocabulary import Vocabulary
 
@@ -41,13 +46,19 @@ __all__ = [
     "DeviceMemoryError",
     "DigestMismatchError",
     "ExtraFileError",
+    "GoldenCaseError",
     "GraphError",
+    "IncompatibleError",
     "InvalidInputError",
     "Jagged",
     "Manifest",
     "ManifestError",
     "MissingFileError",
+    "PointerError",
     "Pooled",
+    "Refusal",
+    "ReloadStatus",
+    "ReloadingArtifact",
     "SizeMismatchError",
     "UnknownFieldError",
     "UnknownFormatVersionError",

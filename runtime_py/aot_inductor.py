@@ -5,6 +5,7 @@ manifest. torch does not check what it is fed: sizes and types are right here or
 path, in the folder of the artifact: torch writes nothing to a temporary folder then.
 """
 
+import ctypes
 import itertools
 import os
 from collections.abc import Callable
@@ -90,6 +91,19 @@ def make_constants(manifest: Manifest, weights: torch.Tensor) -> dict[str, torch
     }
 
 
+def _borrow(tensor: torch.Tensor) -> torch.Tensor:
+    """A view of a contiguous tensor that does not keep it alive.
+
+    torch never lets go of a constant that it does not manage itself: with the tensors themselves, every load would keep
+    its mapping until the process ends.
+    """
+    size = tensor.numel() * tensor.element_size()
+    if not size:
+        return torch.empty_like(tensor)
+    memory = (ctypes.c_uint8 * size).from_address(tensor.data_ptr())
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
+
+
 def load_aot_inductor(
     manifest: Manifest, graph: Graph, artifact: Path, weights: torch.Tensor
 ) -> Callable[..., torch.Tensor]:
@@ -114,7 +128,8 @@ def load_aot_inductor(
         unknown = sorted(set(names) - constants.keys())
         if unknown or "weights" not in names:
             raise GraphError(f"{graph.path} was built for other rows: its constants are {', '.join(sorted(names))}")
-        loader.load_constants({name: constants[name] for name in names}, False, True, True)  # in use, all, not copied
+        # In use, all, not copied.
+        loader.load_constants({name: _borrow(constants[name]) for name in names}, False, True, True)
     except RuntimeError as error:
         raise GraphError(f"{graph.path} cannot be loaded: {last_line(error)}; {versions(graph)}") from error
 

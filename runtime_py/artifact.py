@@ -4,6 +4,7 @@
 mapping to it and warms it up. Nothing is copied: N processes that load one artifact hold one copy of the rows.
 """
 
+import errno
 import mmap
 import os
 from collections.abc import Callable, Mapping
@@ -27,14 +28,19 @@ from runtime_py.vocabulary import Vocabulary
 __all__ = ["Artifact", "Pooled", "load_artifact"]
 
 InvalidIds = Literal["error", "zero"]
+_MADV_POPULATE_READ = 22  # Linux 5.14; the module mmap has no name for it
 
 
 @dataclass(frozen=True)
 class Pooled:
-    """The pooled embeddings of one batch: `values` float32 [B, sum(D)], and a view of them by output key."""
+    """The pooled embeddings of one batch: `values` float32 [B, sum(D)], and a view of them by output key.
+
+    `artifact_id` says which artifact gave them.
+    """
 
     values: torch.Tensor
     columns: Mapping[str, tuple[int, int]]
+    artifact_id: str
 
     def keys(self) -> list[str]:
         """The output keys, in column order."""
@@ -92,7 +98,7 @@ class Artifact:
             InvalidInputError: naming feature, position, value and what is allowed.
         """
         values, lengths, weights = self._reader.read(features)
-        return Pooled(self.lookup(values, lengths, weights), self._columns)
+        return Pooled(self.lookup(values, lengths, weights), self._columns, self.manifest.artifact_id)
 
     def lookup(
         self, values: torch.Tensor, lengths: torch.Tensor, per_sample_weights: torch.Tensor | None = None
@@ -125,6 +131,15 @@ class Artifact:
     def release_pages(self) -> None:
         """Takes the rows that were looked up out of this process's resident memory; they stay in the page cache."""
         self._mapping.madvise(mmap.MADV_DONTNEED)
+
+    def prefault(self) -> None:
+        """Reads every page of the rows, and maps it: no request then waits for the disk, nor for a page table."""
+        try:
+            self._mapping.madvise(_MADV_POPULATE_READ)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._mapping.madvise(mmap.MADV_WILLNEED)  # before Linux 5.14: read ahead, at the kernel's leisure
 
     def warm_up(self, path: str) -> None:
         """Runs the graph until TorchScript has specialised it: the first two calls take some 50 ms.

@@ -8,10 +8,13 @@ __all__ = [
     "DeviceMemoryError",
     "DigestMismatchError",
     "ExtraFileError",
+    "GoldenCaseError",
     "GraphError",
+    "IncompatibleError",
     "InvalidInputError",
     "ManifestError",
     "MissingFileError",
+    "PointerError",
     "SizeMismatchError",
     "UnknownFieldError",
     "UnknownFormatVersionError",
@@ -63,6 +66,18 @@ class VocabularyFileError(ArtifactError):
 
 class GraphError(ArtifactError):
     """A graph cannot be loaded here, or does not fit the weight file."""
+
+
+class GoldenCaseError(ArtifactError):
+    """An artifact does not answer a golden case as it did when it was built."""
+
+
+class PointerError(ArtifactError):
+    """The pointer to the current version is unreadable, damaged, or says other than the version that it names."""
+
+
+class IncompatibleError(ArtifactError):
+    """A new version does not take or give what callers of the serving one count on."""
 
 
 class UnsupportedError(ArtifactError):

@@ -42,6 +42,8 @@ __all__ = [
     "StoredVocabulary",
     "Table",
     "TableAccuracy",
+    "decode_document",
+    "encode_document",
     "parse_manifest",
     "read_manifest",
 ]
@@ -336,12 +338,16 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The bytes of manifest.json, with a fresh manifest digest."""
-        zeroed = dataclasses.replace(self, manifest_digest=Digest(ZEROED, "0" * 64))
-        text = json.dumps(dataclasses.asdict(zeroed), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        value = hashlib.sha256(text.encode()).hexdigest()
-        # The digest is the last field, so that its zeros are the last 64 in the text.
-        head, zeros, tail = text.rpartition("0" * 64)
-        return (head + value + tail if zeros else text).encode()
+        return encode_document(dataclasses.replace(self, manifest_digest=Digest(ZEROED, "0" * 64)))
+
+
+def encode_document(document: Any) -> bytes:
+    """The JSON of a dataclass whose last field is its digest, all zeros, with that digest computed."""
+    text = json.dumps(dataclasses.asdict(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    value = hashlib.sha256(text.encode()).hexdigest()
+    # The digest is the last field, so that its zeros are the last 64 in the text.
+    head, zeros, tail = text.rpartition("0" * 64)
+    return (head + value + tail if zeros else text).encode()
 
 
 def compute_artifact_id(manifest: Manifest) -> str:
@@ -410,6 +416,18 @@ def parse_manifest(data: bytes) -> Manifest:
         ManifestError: not UTF-8 JSON, a duplicate key, a missing field, a wrong type, a digest that does not match,
             or fields that contradict one another.
     """
+    manifest: Manifest = decode_document(Manifest, data)
+    _check_consistency(manifest)
+    return manifest
+
+
+def decode_document(kind: Any, data: bytes) -> Any:
+    """A dataclass of the type `kind` from its JSON. Its fields' types are the schema, its last field is its digest.
+
+    Raises:
+        ManifestError: as `parse_manifest`.
+    """
+    digest_field = dataclasses.fields(kind)[-1].name
     try:
         document = json.loads(
             data.decode("utf-8"),
@@ -425,11 +443,9 @@ def parse_manifest(data: bytes) -> Manifest:
     version = document.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise UnknownFormatVersionError(f"format_version is {version!r}, this reader knows {FORMAT_VERSION}")
-    if "manifest_digest" in document:  # first, so that damage is not taken for what a newer writer meant
-        _check_digest(data, _decode(Digest, document["manifest_digest"], "manifest_digest"))
-    manifest: Manifest = _decode(Manifest, document, "")
-    _check_consistency(manifest)
-    return manifest
+    if digest_field in document:  # first, so that damage is not taken for what a newer writer meant
+        _check_digest(data, digest_field, _decode(Digest, document[digest_field], digest_field))
+    return _decode(kind, document, "")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> Json:
@@ -496,10 +512,10 @@ def _expect(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _check_digest(data: bytes, digest: Digest) -> None:
+def _check_digest(data: bytes, name: str, digest: Digest) -> None:
     value = digest.value.encode()
     if digest.algorithm != ZEROED or data.count(value) != 1 or len(value) != 64:
-        raise ManifestError(f"is damaged: manifest_digest must be {ZEROED} with 64 digits, got {digest}")
+        raise ManifestError(f"is damaged: {name} must be {ZEROED} with 64 digits, got {digest}")
     computed = hashlib.sha256(data.replace(value, b"0" * 64)).hexdigest()
     if computed != digest.value:
         raise ManifestError(f"is damaged: its digest is {computed}, and it says {digest.value}")

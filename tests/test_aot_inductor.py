@@ -17,9 +17,9 @@ from test_triton import FakeServer
 from export import build_artifact
 from export.aot_inductor import _unpack
 from export.errors import ConfigError, ExportError
-from export.golden import read_cases
 from export.triton import write_repository
 from runtime_py import DigestMismatchError, GraphError, UnsupportedError, aot_inductor, load_artifact, verify_artifact
+from runtime_py.golden import read_cases
 from runtime_py.manifest import AOT_INDUCTOR_FILES
 
 pytestmark = [
@@ -69,9 +69,20 @@ def test_both_graphs_went_through_the_gate_and_take_less_than_4_mb(built):
     assert "aot_inductor for cpu (x86-64-v3), " in run_export("inspect", built.artifact).stdout
 
 
+def test_an_artifact_that_is_dropped_leaves_neither_its_mapping_nor_a_file_open(built):
+    """torch never lets go of constants that it does not manage: it must be given what owns nothing."""
+    loaded = load_artifact(built.artifact, backend="aot_inductor")
+    weights = f"{built.artifact}/weights/tables.safetensors"
+    assert weights in Path("/proc/self/maps").read_text()
+    files = len(os.listdir("/proc/self/fd"))
+    del loaded
+    assert weights not in Path("/proc/self/maps").read_text()
+    assert len(os.listdir("/proc/self/fd")) == files - 1
+
+
 def test_it_answers_the_golden_cases_bit_for_bit_on_many_threads(built):
     loaded = load_artifact(built.artifact, backend="aot_inductor", invalid_ids="zero")
-    cases = read_cases(built.artifact)
+    cases = read_cases(built.artifact, built.manifest)
 
     def replay(_):
         for case in cases.values():

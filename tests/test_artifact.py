@@ -125,7 +125,7 @@ def test_an_unknown_output_key_is_a_key_error_that_names_it(artifact: Artifact) 
 
 
 def test_columns_follow_the_outputs_of_the_manifest() -> None:
-    pooled = Pooled(torch.arange(6.0).view(2, 3), {"a": (0, 1), "b": (1, 3)})
+    pooled = Pooled(torch.arange(6.0).view(2, 3), {"a": (0, 1), "b": (1, 3)}, "id")
     assert pooled["a"].tolist() == [[0], [3]]
     assert pooled["b"].tolist() == [[1, 2], [4, 5]]
 

@@ -8,6 +8,8 @@ import torch
 from support import TYPES, state_dict
 
 from export import build_artifact, load_config
+from export.versions import publish_version
+from runtime_py.manifest import read_manifest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -32,11 +34,21 @@ def demo_artifact(tmp_path_factory):
 
 
 def test_the_python_example_runs_as_it_stands(demo_artifact):
-    (code,) = blocks("python")
+    (code,) = (block for block in blocks("python") if "import load_artifact" in block)
     scope = {}
     exec(compile(code.replace("artifacts/demo", str(demo_artifact)), "README.md", "exec"), scope)
     assert list(scope["pooled"].values.shape) == [2, 260]
     assert list(scope["pooled"]["country"].shape) == [2, 4]
+
+
+def test_the_refresh_example_runs_as_it_stands(demo_artifact, tmp_path):
+    publish_version(demo_artifact, tmp_path)
+    (code,) = (block for block in blocks("python") if "import ReloadingArtifact" in block)
+    manifest = read_manifest(demo_artifact)
+    scope = {"request": {feature.name: [[0]] for feature in manifest.features}}
+    exec(compile(code.replace("/srv/ranking", str(tmp_path)), "README.md", "exec"), scope)
+    scope["serving"].close()
+    assert scope["pooled"].artifact_id == manifest.artifact_id == scope["artifact"].manifest.artifact_id
 
 
 def test_the_refusal_that_it_shows_is_the_one_that_is_raised(demo_artifact):

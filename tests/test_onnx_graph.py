@@ -23,10 +23,10 @@ from test_lookup import describe, fill
 
 from export import build_artifact
 from export.errors import GateError
-from export.golden import read_cases
 from export.lookup import make_lookup
 from export.onnx_graph import OPSET, write_onnx
 from runtime_py import UnsupportedError, load_artifact
+from runtime_py.golden import read_cases
 from runtime_py.manifest import WEIGHTS, Feature, Table
 from runtime_py.tensor_file import encode_header
 
@@ -435,7 +435,7 @@ def test_a_build_gates_the_graph_and_lists_it(release, tmp_path):
     assert all(case["max_share_of_bound"] <= 1 for case in cases)
     assert result.manifest.parity.serving.endswith("; onnx within the bound of float32 sums")
     session = onnxruntime.InferenceSession(result.artifact / "model.onnx")
-    for name, case in read_cases(result.artifact).items():
+    for name, case in read_cases(result.artifact, result.manifest).items():
         inputs = dict(zip(("values", "lengths", "per_sample_weights"), case.request, strict=True))
         [pooled] = session.run(None, {key: value.numpy() for key, value in inputs.items()})
         np.testing.assert_allclose(pooled, case.pooled.numpy(), rtol=1e-5, atol=1e-5, err_msg=name)

@@ -1,0 +1,307 @@
+"""Publishing to a root: a folder of versions, and a pointer that says which one servers take (`runtime_py.pointer`).
+
+An artifact is copied beside the other versions, every byte of the copy is verified, and one rename makes it a version. The
+pointer is replaced by another rename, under a lock that publishers hold for moments only: an operator who rolls back
+never waits for somebody's copy. Everything reaches the disk before the rename that shows it. A publisher that is killed
+leaves the pointer as it was, or moved; what it had copied is removed by the next one.
+"""
+
+import errno
+import fcntl
+import filecmp
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from export.errors import PublishError
+from export.publish import fsync, publish, staged, writing
+from runtime_py.digests import ZEROED, Digest
+from runtime_py.errors import ArtifactError
+from runtime_py.manifest import FORMAT_VERSION, MANIFEST, Manifest, read_manifest
+from runtime_py.pointer import POINTER, VERSIONS, Pointer, hold_version, is_version, read_pointer
+from runtime_py.verify import verify_artifact
+
+__all__ = ["Move", "publish_version", "roll_back"]
+
+_LOCK = ".lock"
+_STAGING = "version"  # staging containers are named after it: `.version.staging-…`
+_DELETED = ".deleted-"
+_SHORT = 12
+_NO_RANGE_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@dataclass(frozen=True)
+class Move:
+    """What a command has done: `version` is current now, and was before where `moved` is False.
+
+    `in_use` are versions that were to be deleted, and are not, since a server has them mapped.
+    """
+
+    root: Path
+    version: str
+    artifact_id: str
+    sequence: int
+    moved: bool
+    copied: bool
+    history: list[str]
+    deleted: list[str]
+    in_use: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return vars(self) | {"root": str(self.root)}
+
+
+def publish_version(artifact: Path, root: Path, keep: int | None = None) -> Move:
+    """Makes an artifact the current version of a root, which is created where there is none.
+
+    Args:
+        artifact: its folder, which stays as it is; what is published is a copy.
+        root: the folder of `current.json` and the versions.
+        keep: how many versions stay, the current one and those that were current last, at least 2; None: all.
+
+    Raises:
+        ArtifactError: the artifact, or the version that has its name already, is damaged.
+        PublishError: the root cannot be written, or its disk is full.
+    """
+    manifest = verify_artifact(artifact, "sizes")  # its rows are compared in the copy
+    versions = root / VERSIONS
+    with writing(versions / _STAGING):
+        _make_folders(root)
+        name = _name_version(versions, manifest)
+        copied = not (versions / name).exists()
+        if copied:
+            with staged(versions / _STAGING) as staging:
+                _copy_artifact(artifact, manifest, staging.folder, versions)
+                with _locked(root):
+                    if not (versions / name).exists():  # nobody else was faster
+                        publish(staging.folder, versions / name)
+                    pointer, moved = _move(root, name, back=False)
+        else:
+            with closing(_Hold(versions / name)):
+                with _published_before(versions / name):
+                    verify_artifact(versions / name)
+                with _locked(root):
+                    pointer, moved = _move(root, name, back=False)
+        deleted, in_use = ([], []) if keep is None else _delete_old(root, keep)
+        for hidden in versions.glob(f"{_DELETED}*"):  # those of a publisher that was killed as well
+            shutil.rmtree(hidden, ignore_errors=True)
+    return Move(root, name, pointer.artifact_id, pointer.sequence, moved, copied, pointer.history, deleted, in_use)
+
+
+def roll_back(root: Path, to: str | None = None) -> Move:
+    """Makes an earlier version current again: the one before, or the one whose name, or the start of it, is `to`.
+
+    Raises:
+        ArtifactError: that version is damaged; the pointer stays.
+        PublishError: there is no such version, or the root cannot be written.
+    """
+    names = _list_versions(root)
+    name = _previous(root, names) if to is None else _find_version(root, names, to)
+    with writing(root / POINTER), closing(_Hold(root / VERSIONS / name)):
+        verify_artifact(root / VERSIONS / name)
+        with _locked(root):
+            pointer, moved = _move(root, name, back=True)
+    return Move(root, name, pointer.artifact_id, pointer.sequence, moved, False, pointer.history, [], [])
+
+
+def _make_folders(root: Path) -> None:
+    if not (root / VERSIONS).is_dir():
+        (root / VERSIONS).mkdir(parents=True, exist_ok=True)
+        for folder in (root, root.parent):
+            fsync(folder)
+
+
+class _Hold:
+    """Keeps a version from being deleted, until it is closed."""
+
+    def __init__(self, version: Path) -> None:
+        self._fd = hold_version(version)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+# --- Versions --------------------------------------------------------------------------------------------------------
+
+
+def _name_version(versions: Path, manifest: Manifest) -> str:
+    """The artifact id, unless a version of this id runs other files: a graph that was built anew has another name."""
+    name = manifest.artifact_id
+    if not (versions / name).exists():
+        return name
+    with _published_before(versions / name):
+        there = read_manifest(versions / name)
+    if _served_files(there) == _served_files(manifest):
+        return name
+    return f"{name}-{manifest.manifest_digest.value[:_SHORT]}"
+
+
+def _served_files(manifest: Manifest) -> dict[str, Digest]:
+    return {file.path: file.digest for file in manifest.files if not file.path.startswith("reports/")}
+
+
+def _list_versions(root: Path) -> list[str]:
+    try:
+        return sorted(name for name in os.listdir(root / VERSIONS) if is_version(name))
+    except OSError as error:
+        raise PublishError(
+            f"{root / VERSIONS}: cannot be read: {error.strerror}; give the folder that 'export publish' has written to"
+        ) from error
+
+
+def _previous(root: Path, names: list[str]) -> str:
+    pointer = read_pointer(root / POINTER)
+    earlier = [name for name in pointer.history if name in names]
+    if not earlier:
+        raise PublishError(f"{root}: nothing was current before {pointer.version}; name one of: {', '.join(names)}")
+    return earlier[0]
+
+
+def _find_version(root: Path, names: list[str], to: str) -> str:
+    found = [name for name in names if to and name.startswith(to)]
+    if to in found:
+        return to
+    if len(found) != 1:
+        what = "several versions start with" if found else "no version starts with"
+        raise PublishError(f"{root}: {what} '{to}'; there are: {', '.join(found or names) or 'none'}")
+    return found[0]
+
+
+@contextmanager
+def _published_before(version: Path) -> Iterator[None]:
+    try:
+        yield
+    except ArtifactError as error:
+        raise PublishError(
+            f"{error}; it was published before, and has been damaged since: delete {version}, and publish again"
+        ) from error
+
+
+def _copy_artifact(artifact: Path, manifest: Manifest, folder: Path, versions: Path) -> None:
+    """Copies what the manifest lists, and verifies the copy.
+
+    Not hard links to the artifact, which somebody may still write to. But a graph that another version has, byte for byte,
+    is a link to that one: torch never unloads a compiled graph, and loads one and the same file once.
+    """
+    graphs = {path for graph in manifest.graphs for path in graph.files}
+    earlier = [versions / name for name in _list_versions(versions.parent)]
+    for path in [MANIFEST, *(file.path for file in manifest.files)]:
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not (path in graphs and _link_same(artifact / path, [version / path for version in earlier], target)):
+            _copy_file(artifact / path, target)
+    try:
+        copy = verify_artifact(folder)
+    except ArtifactError:
+        verify_artifact(artifact)  # most likely: then it is the one to name
+        raise
+    if copy.manifest_digest != manifest.manifest_digest:
+        raise PublishError(f"{artifact}: changed while it was published; an artifact is never changed after its build")
+
+
+def _link_same(source: Path, earlier: list[Path], target: Path) -> bool:
+    for path in earlier:
+        with suppress(OSError):  # it is gone, or the file system has no links
+            if filecmp.cmp(source, path, shallow=False):
+                os.link(path, target, follow_symlinks=False)
+                return True
+    return False
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    """Copies a file, and makes the copy durable; on file systems that can, both share their blocks."""
+    with open(source, "rb") as read, open(target, "xb") as write:
+        try:
+            while os.copy_file_range(read.fileno(), write.fileno(), 1 << 30):
+                pass
+        except OSError as error:
+            if error.errno not in _NO_RANGE_COPY:
+                raise
+            for file in (read, write):
+                file.seek(0)
+            write.truncate()
+            shutil.copyfileobj(read, write, 1 << 20)
+            write.flush()
+        os.fsync(write.fileno())
+
+
+def _delete_old(root: Path, keep: int) -> tuple[list[str], list[str]]:
+    """Deletes all versions but the `keep` that were current last; says which, and which a server still has mapped."""
+    deleted: list[str] = []
+    in_use: list[str] = []
+    versions = root / VERSIONS
+    with _locked(root):
+        pointer = read_pointer(root / POINTER)
+        kept = [pointer.version, *pointer.history][: max(keep, 2)]
+        for name in _list_versions(root):
+            if name not in kept:
+                (deleted if _hide(versions / name) else in_use).append(name)
+    return deleted, in_use
+
+
+def _hide(version: Path) -> bool:
+    """Takes a version away under a hidden name, from where it can be deleted at leisure; not while a server holds it."""
+    try:
+        fd = os.open(version / MANIFEST, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)  # NFS locks what one can write
+    except FileNotFoundError:
+        fd = os.open(version, os.O_RDONLY | os.O_CLOEXEC)  # no version that a server could hold
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    else:
+        version.rename(version.with_name(f"{_DELETED}{version.name}-{time.time_ns()}"))
+        return True
+    finally:
+        os.close(fd)
+
+
+# --- Pointer ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    fd = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)  # and so unlocked
+
+
+def _move(root: Path, name: str, back: bool) -> tuple[Pointer, bool]:
+    """Points to a version that was verified; says whether the pointer was another before. The caller holds the lock.
+
+    A way `back` takes what was current after `name` out of the history: to roll back twice goes back two versions.
+    """
+    manifest = read_manifest(root / VERSIONS / name)
+    before = read_pointer(root / POINTER) if os.path.lexists(root / POINTER) else None
+    if before is not None and (before.version, before.manifest_digest) == (name, manifest.manifest_digest):
+        return before, False
+    history = [] if before is None else [before.version, *before.history]
+    if back and name in history:
+        history = history[history.index(name) + 1 :]
+    there = _list_versions(root)
+    pointer = Pointer(
+        format_version=FORMAT_VERSION,
+        sequence=1 if before is None else before.sequence + 1,
+        version=name,
+        artifact_id=manifest.artifact_id,
+        manifest_digest=manifest.manifest_digest,
+        history=[version for version in history if version in there and version != name],
+        published_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        pointer_digest=Digest(ZEROED, "0" * 64),
+    )
+    fresh = root / f".{POINTER}.new"  # one that a killed publisher has left is written over
+    fresh.write_bytes(pointer.to_bytes())
+    fsync(fresh)
+    fresh.replace(root / POINTER)
+    fsync(root)
+    return pointer, True

@@ -1,0 +1,268 @@
+"""An artifact that follows a pointer: a new version is loaded beside the old one, proves itself, and takes its place.
+
+The candidate is compared with its manifest byte for byte, must fit the callers of the version that serves, and answers its
+golden cases before it gets a request. Otherwise it is refused, once, and the old one keeps serving until the pointer
+changes again. The swap is one assignment: a request takes the version that it finds, and no lock. What is in flight ends
+on the old version, which the refreshing thread then unmaps.
+"""
+
+import dataclasses
+import logging
+import os
+import sys
+import threading
+import time
+import weakref
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from runtime_py.artifact import Artifact, Pooled, load_artifact
+from runtime_py.compatibility import check_compatible
+from runtime_py.errors import ArtifactError, PointerError
+from runtime_py.golden import read_cases, replay_cases
+from runtime_py.manifest import Manifest, read_manifest
+from runtime_py.pointer import VERSIONS, Pointer, hold_version, read_pointer
+
+__all__ = ["Refusal", "ReloadStatus", "ReloadingArtifact"]
+
+_LOGGER = logging.getLogger(__name__)
+_DRAIN_S = 1.0  # requests take milliseconds; who holds a version for longer unmaps it himself
+_DRAIN_STEP_S = 0.002
+
+_Stamp = tuple[int, int, int] | None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What was refused: the `version`, None where the pointer itself is no good, why, and when (seconds since 1970)."""
+
+    version: str | None
+    error: str
+    at: float
+
+
+@dataclass(frozen=True)
+class ReloadStatus:
+    """For monitoring. Times are seconds since 1970.
+
+    `sequence` is that of the pointer which named what serves. `refusal` is set while the pointer names something else than
+    what serves: alert on it. `watching` says whether a thread looks at the pointer: after a fork, no in the child.
+    """
+
+    version: str
+    artifact_id: str
+    sequence: int
+    serving_since: float
+    checked_at: float
+    swaps: int
+    refusals: int
+    refusal: Refusal | None
+    watching: bool
+
+
+@dataclass(frozen=True)
+class _Serving:
+    artifact: Artifact
+    pointer: Pointer
+    since: float
+
+
+class ReloadingArtifact:
+    """Serves the version that a pointer names, and changes to another one without a failed request.
+
+    Any number of threads may call it. Make it in the process that serves: no thread survives a fork.
+    """
+
+    def __init__(
+        self,
+        pointer: str | os.PathLike[str],
+        *,
+        interval_s: float | None = 5.0,
+        prefault: bool = False,
+        allow_signature_change: bool = False,
+        **options: Any,
+    ) -> None:
+        """Loads the current version.
+
+        Args:
+            pointer: the `current.json` that `python -m export publish` writes.
+            interval_s: seconds between two looks at the pointer; None: only `refresh` looks.
+            prefault: read and map all rows of a new version before it serves, which a load with verify="sizes" has not
+                read, so that no request waits for the disk.
+            allow_signature_change: take a version with other features, outputs or fewer rows, too.
+            options: as of `load_artifact`.
+
+        Raises:
+            ArtifactError: there is no current version, or it is refused.
+        """
+        if interval_s is not None and not interval_s > 0:
+            raise ValueError(f"interval_s must be greater than 0, or None, got {interval_s!r}")
+        self._path = Path(pointer)
+        self._prefault, self._allow_change, self._options = prefault, allow_signature_change, options
+        self._loading = threading.Lock()  # of loads, never of requests
+        self._swaps = self._refusals = 0
+        self._refusal: Refusal | None = None
+        self._seen = _stamp(self._path)
+        self._checked_at = time.time()
+        found = read_pointer(self._path)
+        self._serving = _Serving(self._load(found, None), found, time.time())
+        _LOGGER.info("%s: serving version %s", self._path, found.version)
+        self._stop = threading.Event()
+        weakref.finalize(self, self._stop.set)
+        self._thread: threading.Thread | None = None
+        if interval_s is not None:
+            arguments = (weakref.ref(self), self._stop, interval_s)
+            self._thread = threading.Thread(target=_watch, args=arguments, name="refresh", daemon=True)
+            self._thread.start()
+
+    # --- Requests ---------------------------------------------------------------------------------------------------
+
+    @property
+    def current(self) -> Artifact:
+        """The version that serves, an artifact as any other.
+
+        Take it once for a request that needs more than one call: entities and lookups are then of one version.
+        """
+        return self._serving.artifact
+
+    def __call__(self, features: Any) -> Pooled:
+        """As of `Artifact`; the answer's `artifact_id` says who gave it."""
+        return self._serving.artifact(features)
+
+    def lookup(
+        self, values: torch.Tensor, lengths: torch.Tensor, per_sample_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As of `Artifact`; to know which version answers, ask `current`, and that one's `manifest.artifact_id`."""
+        return self._serving.artifact.lookup(values, lengths, per_sample_weights)
+
+    # --- Refreshing -------------------------------------------------------------------------------------------------
+
+    def refresh(self) -> bool:
+        """Looks at the pointer now, and follows it; says whether another version serves since.
+
+        A version that was refused before is tried again.
+
+        Raises:
+            ArtifactError: why the version was refused; the old one keeps serving.
+        """
+        with self._loading:
+            self._seen, self._checked_at = _stamp(self._path), time.time()  # before it is read: it may change meanwhile
+            pointer = None
+            try:
+                pointer = read_pointer(self._path)
+                serving = self._serving.pointer
+                if (pointer.version, pointer.manifest_digest) == (serving.version, serving.manifest_digest):
+                    self._serving = dataclasses.replace(self._serving, pointer=pointer)
+                    self._refusal = None
+                    return False
+                candidate = self._load(pointer, self._serving.artifact.manifest)
+            except Exception as error:
+                self._refuse(None if pointer is None else pointer.version, error)
+                raise
+            self._swap(_Serving(candidate, pointer, time.time()))
+            return True
+
+    def status(self) -> ReloadStatus:
+        """What serves, since when, and what was refused."""
+        serving = self._serving
+        return ReloadStatus(
+            version=serving.pointer.version,
+            artifact_id=serving.pointer.artifact_id,
+            sequence=serving.pointer.sequence,
+            serving_since=serving.since,
+            checked_at=self._checked_at,
+            swaps=self._swaps,
+            refusals=self._refusals,
+            refusal=self._refusal,
+            watching=self._thread is not None and self._thread.is_alive(),
+        )
+
+    def close(self) -> None:
+        """Stops watching, after a load that is under way; what serves can be called as before."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _load(self, pointer: Pointer, serving: Manifest | None) -> Artifact:
+        folder = self._path.parent / VERSIONS / pointer.version
+        held = hold_version(folder)
+        try:
+            manifest = read_manifest(folder)  # what can be refused from it alone costs no reading of rows
+            if (manifest.manifest_digest, manifest.artifact_id) != (pointer.manifest_digest, pointer.artifact_id):
+                raise PointerError(f"{folder}: is not the version that {self._path} names: its manifest is another")
+            if serving is not None and not self._allow_change:
+                check_compatible(serving, manifest)
+            artifact = load_artifact(folder, **self._options)
+            if artifact.manifest.manifest_digest != pointer.manifest_digest:
+                raise PointerError(
+                    f"{folder}: changed while it was loaded; a version is never changed, publish another"
+                )
+            replay_cases(artifact, read_cases(folder, artifact.manifest))
+            if self._prefault:
+                artifact.prefault()
+        except BaseException:
+            os.close(held)
+            raise
+        weakref.finalize(artifact._mapping, os.close, held)  # while anything has the rows mapped
+        return artifact
+
+    def _swap(self, new: _Serving) -> None:
+        old = self._serving.artifact
+        self._serving = new
+        self._refusal = None
+        _LOGGER.info("%s: serving version %s, pointer %d", self._path, new.pointer.version, new.pointer.sequence)
+        self._swaps += 1  # last: who sees it sees the rest
+        # To unmap many pages takes long, which no request should have to wait for: it is done here, by the last reference.
+        end = time.monotonic() + _DRAIN_S
+        while sys.getrefcount(old) > 2 and time.monotonic() < end:  # `old`, and the argument
+            time.sleep(_DRAIN_STEP_S)
+
+    def _refuse(self, version: str | None, error: Exception) -> None:
+        text = str(error) if isinstance(error, ArtifactError) else f"{type(error).__name__}: {error}"
+        self._refusal = Refusal(version, text, time.time())
+        defect = None if isinstance(error, ArtifactError) else error
+        _LOGGER.error(
+            "%s: refused %s, %s keeps serving: %s",
+            self._path,
+            version or "the pointer",
+            self._serving.pointer.version,
+            text,
+            exc_info=defect,
+        )
+        self._refusals += 1  # last: who sees it sees the rest
+
+    def _look(self) -> None:
+        """One look of the watching thread, which no error ends."""
+        self._checked_at = time.time()
+        if _stamp(self._path) == self._seen:
+            return
+        with suppress(Exception):  # `refresh` has logged and counted it
+            self.refresh()
+
+
+def _watch(reference: "weakref.ref[ReloadingArtifact]", stop: threading.Event, interval_s: float) -> None:
+    while not stop.wait(interval_s):
+        reloading = reference()  # not held while waiting: an artifact that nobody uses goes
+        if reloading is None:
+            return
+        reloading._look()
+        del reloading
+
+
+def _stamp(path: Path) -> _Stamp:
+    """What changes when a pointer is replaced or touched; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino, status.st_size
