@@ -12,7 +12,8 @@ processes), `parquet_columns` (the only reader of parquet), `entities` and `voca
 (the plain-op module), `torchscript`, `aot_inductor` and `onnx_graph` (its graphs), `accuracy`, `row_kernels`, `parity` and
 `onnx_parity` (the gates), `golden` (answers to replay), `table_report` and `report` (what people read, with
 `report_data`, `findings`, `numerals`, `charts`, `page`, `summary` and `evaluation`), `publish`, `versions`
-(a root of published versions), `progress`, `heap`, `errors`, `triton` (a server's model repository) and `doctor` (would it run here).
+(a root of published versions), `progress`, `heap`, `errors`, `triton` (a server's model repository) and `doctor`
+(would it run here).
 """
 
 import importlib

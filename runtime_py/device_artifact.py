@@ -59,9 +59,12 @@ class DeviceArtifact(Artifact):
         if hasattr(features, "weights_or_none") and hasattr(features, "keys") and hasattr(features, "to"):
             request = Request(features.values(), features.lengths(), features.weights_or_none())
             if list(features.keys()) == self._reader.features and self.is_plain(request):
-                return Pooled(self.lookup(*request, stream=stream), self._columns)
+                return self._named(self.lookup(*request, stream=stream))
             features = features.to(torch.device("cpu"))
-        return Pooled(self.lookup(*self._reader.read(features), stream=stream), self._columns)
+        return self._named(self.lookup(*self._reader.read(features), stream=stream))
+
+    def _named(self, pooled: torch.Tensor) -> Pooled:
+        return Pooled(pooled, self._columns, self.manifest.artifact_id)
 
     def lookup(
         self,

@@ -127,7 +127,7 @@ print(any(name.startswith(("torch._inductor.codecache", "torch._dynamo", "fbgemm
 def test_in_a_model_repository_for_triton_it_gives_the_golden_answers_bit_for_bit(built, tmp_path, monkeypatch):
     [model] = write_repository(built.artifact, tmp_path / "models", graphs=["aot_inductor"])
     server = FakeServer(monkeypatch, tmp_path / "models" / model.name, parameters={"invalid_ids": "zero"})
-    for case in read_cases(built.artifact).values():
+    for case in read_cases(built.artifact, built.manifest).values():
         [response] = server.ask(case.request)
         pooled = torch.from_numpy(response.output_tensors[0].array)
         assert torch.equal(pooled.view(torch.int32), case.pooled.view(torch.int32))

@@ -22,9 +22,9 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from export import build_artifact, triton
 from export.errors import ExportError, PublishError
-from export.golden import read_cases
 from export.triton import write_repository
 from runtime_py import DigestMismatchError, verify_artifact
+from runtime_py.golden import read_cases
 from runtime_py.manifest import WEIGHTS
 
 TABLES = [
@@ -147,7 +147,7 @@ def test_the_onnx_model_gives_the_golden_answers_in_onnx_runtime(name, request, 
     artifact = request.getfixturevalue(name)
     [model] = write_repository(artifact, models, graphs=["onnx"])
     session = onnxruntime.InferenceSession(model.path / "model.onnx")
-    cases = read_cases(artifact)
+    cases = read_cases(artifact, verify_artifact(artifact, "sizes"))
     assert len(cases) == 7
     for case in cases.values():
         inputs = {key: part.numpy() for key, part in case.request._asdict().items() if part is not None}
@@ -215,7 +215,7 @@ def test_the_python_model_gives_the_golden_answers_bit_for_bit(name, request, mo
     artifact = request.getfixturevalue(name)
     write_repository(artifact, models, graphs=["torchscript"])
     server = FakeServer(monkeypatch, models / SCRIPT, parameters={"invalid_ids": "zero", "verify": "sizes"})
-    cases = read_cases(artifact)
+    cases = read_cases(artifact, verify_artifact(artifact, "sizes"))
     responses = server.ask(*(case.request for case in cases.values()))
     assert len(responses) == len(cases) == 7
     for response, case in zip(responses, cases.values(), strict=True):
@@ -229,7 +229,7 @@ def test_the_python_model_gives_the_golden_answers_bit_for_bit(name, request, mo
 def test_a_bad_request_is_refused_by_name_and_spoils_no_other(plain, models, monkeypatch):
     write_repository(plain, models, graphs=["torchscript"])
     server = FakeServer(monkeypatch, models / SCRIPT)
-    cases = read_cases(plain)
+    cases = read_cases(plain, verify_artifact(plain, "sizes"))
     bad, good = server.ask(cases["05 ids out of range"].request, cases["04 duplicate ids"].request)
     assert bad.error.code == "INVALID_ARG"
     assert bad.error.message.startswith("feature 'a', bag ")
