@@ -5,6 +5,8 @@ buffers. Rows are one flat uint8 buffer, `weights`, that a loader attaches: in t
 
 The graph is safe whatever it is given: an id outside its table becomes -1, FBGEMM's mark for a pruned row, on a copy,
 and contributes zero; a negative length counts as zero; lengths that do not add up to the number of values raise.
+Its method `lookup_checked`, which only TorchScript keeps, leaves that out: a loader that checks every request, on copies
+of its own, need not have it checked again.
 """
 
 from collections.abc import Sequence
@@ -85,8 +87,19 @@ class _PlainOpLookup(torch.nn.Module):
         # Raises where the counts do not add up to N, so that nothing below reads past the ids.
         limits = torch.repeat_interleave(self.num_embeddings, counts, output_size=values.size(0))
         indices = values.masked_fill((values < 0) | (values >= limits), -1)
+        return self.pool_checked(indices, by_feature, torch.ops.fbgemm.asynchronous_complete_cumsum(lengths), weights)
+
+    def measure(self, offsets: torch.Tensor) -> torch.Tensor:
+        """Lengths [F, B]."""
+        return (offsets[1:] - offsets[:-1]).view(self.num_features, -1)
+
+    def pool_checked(
+        self, indices: torch.Tensor, by_feature: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What is left to do when nothing is outside: lengths `by_feature` [F, B], and their sums, `offsets` [F * B + 1]."""
         if weights is not None and not self.all_weighted:
-            weighted = torch.repeat_interleave(self.is_weighted, counts, output_size=values.size(0))
+            counts = by_feature.sum(1)
+            weighted = torch.repeat_interleave(self.is_weighted, counts, output_size=indices.size(0))
             weights = weights.masked_fill(~weighted, 1.0)
         if weights is not None:
             weights = weights.contiguous()  # FBGEMM reads them as if they were, whatever the strides
@@ -104,7 +117,7 @@ class _PlainOpLookup(torch.nn.Module):
             self.max_dim_fp16,
             self.max_dim_fp32,
             indices,
-            torch.ops.fbgemm.asynchronous_complete_cumsum(lengths),
+            offsets,
             0,  # fbgemm PoolingMode.SUM (TorchScript takes no global by name)
             weights,
             0,  # output type, fbgemm SparseType.FP32
@@ -131,6 +144,12 @@ class Lookup(_PlainOpLookup):
         """Int64 [N] and int32 [F * B] to float32 [B, sum(D)]."""
         return self.pool(values, lengths, None)
 
+    @torch.jit.export
+    def lookup_checked(self, values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """As `forward` for a request that was checked: int64 [N], each -1 or in its table, and int64 [F * B + 1]."""
+        by_feature = self.measure(offsets) if self.any_mean else offsets  # only a mean reads it
+        return self.pool_checked(values, by_feature, offsets, None)
+
 
 class WeightedLookup(_PlainOpLookup):
     """The graph of an artifact with per-sample weights; those of an unweighted feature are not read."""
@@ -138,6 +157,13 @@ class WeightedLookup(_PlainOpLookup):
     def forward(self, values: torch.Tensor, lengths: torch.Tensor, per_sample_weights: torch.Tensor) -> torch.Tensor:
         """Int64 [N], int32 [F * B] and float32 [N] to float32 [B, sum(D)]."""
         return self.pool(values, lengths, per_sample_weights)
+
+    @torch.jit.export
+    def lookup_checked(
+        self, values: torch.Tensor, offsets: torch.Tensor, per_sample_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As `Lookup.lookup_checked`, with float32 [N]."""
+        return self.pool_checked(values, self.measure(offsets), offsets, per_sample_weights)
 
 
 def make_lookup(tables: Sequence[Table], features: Sequence[ManifestFeature]) -> Lookup | WeightedLookup:
