@@ -113,22 +113,19 @@ class RequestChecker:
         return values.numpy(), offsets, lengths, weights
 
     def check_ids(
-        self, values: np.ndarray, offsets: np.ndarray, lengths: torch.Tensor, weights: torch.Tensor | None
-    ) -> Checked:
-        """Checks the ids of a measured request, on a copy, and replaces those outside their table.
-
-        Raises:
-            InvalidInputError: some are, and they are an error.
-        """
-        ids = np.empty(values.size + 1, _INT64)
-        ids[-1] = 0  # the start of a last feature without ids lies within
-        ids[:-1] = values
-        return self.check_copy(ids, offsets, lengths, weights)
-
-    def check_copy(
         self, ids: np.ndarray, offsets: np.ndarray, lengths: torch.Tensor, weights: torch.Tensor | None
     ) -> Checked:
-        """As `check_ids` of ids that nobody else has, [N + 1], the last one 0: they are replaced where they are."""
+        """Checks the ids of a measured request, and replaces those outside their table.
+
+        Args:
+            ids: [N + 1], of which nobody else has a view; the last one is 0, the start of a last feature without ids.
+            offsets: as `measure` gives them, as well as what follows.
+            lengths: of the bags.
+            weights: of the ids.
+
+        Raises:
+            InvalidInputError: some ids are outside, and they are an error.
+        """
         bags = (offsets.size - 1) // self._count
         if bags and not self.inside(ids, offsets[:-1:bags]):
             return self._replace(ids[:-1], offsets, lengths, weights)

@@ -81,7 +81,7 @@ class EntityReader:
             ids[:-1][unknown] = max(
                 replacement, 0
             )  # any row that each table has, as the others are still to be checked
-        checked = self._checker.check_copy(ids, offsets, lengths, weights)
+        checked = self._checker.check_ids(ids, offsets, lengths, weights)
         if counts:
             checked.values[unknown] = replacement
         return Translated(checked, counts)

@@ -4,6 +4,7 @@ Bags are independent, so that a request may be cut between any two examples; eve
 by one thread, and its rows of the result lie side by side. Pieces have about the same number of ids each.
 """
 
+import threading
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
@@ -18,9 +19,32 @@ from runtime_py.team import Team
 __all__ = ["Lookups"]
 
 SPLIT_IDS = 8192  # below, handing over costs more than it gains
-_PIECES = 4  # for each thread, so that a busy core holds the others up for no longer than a piece takes
-_PIECE_IDS = 16384  # at least, where there is more than one piece for a thread
+_PIECE_IDS = 32768  # where there is more than one piece for a thread; a busy core holds others up for one piece
+_SCRATCH_IDS = 2 * _PIECE_IDS
+_INT64 = np.dtype(np.int64)
 Graph = Callable[..., torch.Tensor]
+
+
+class _Scratch(threading.local):
+    """Room for ids, kept by each thread: new memory of that size can cost a page fault for every 4 KiB.
+
+    Taken and given back, so that a signal handler that looks something up in between has room of its own.
+    """
+
+    def __init__(self) -> None:
+        self._room: np.ndarray | None = None
+
+    def take(self, count: int) -> np.ndarray:
+        """int64 of at least `count`."""
+        room, self._room = self._room, None
+        if room is None or count > room.size:
+            return np.empty(max(count, _SCRATCH_IDS), _INT64)
+        return room
+
+    def give(self, room: np.ndarray) -> None:
+        """Keeps it for the next one, unless it is large."""
+        if room.size == _SCRATCH_IDS:
+            self._room = room
 
 
 class Lookups:
@@ -36,6 +60,7 @@ class Lookups:
         self.width = width
         self.team = team
         self._features = len(checker.features)
+        self._scratch = _Scratch()
         self._lookup_checked: Graph | None = getattr(graph, "lookup_checked", None)
 
     def look_up(
@@ -55,8 +80,15 @@ class Lookups:
             pooled = self._run_pieces(self.team, request, out, check=True)
             if pooled is not None:
                 return pooled, request.replaced
-        checked = self.checker.check_ids(array, offsets, lengths, weights)
-        return self.run(checked, out), checked.replaced
+        count = array.size
+        room = self._scratch.take(count + 1)
+        ids = room[: count + 1]
+        ids[count] = 0  # see `check_ids`
+        ids[:count] = array
+        checked = self.checker.check_ids(ids, offsets, lengths, weights)
+        pooled = self.run(checked, out)
+        self._scratch.give(room)
+        return pooled, checked.replaced
 
     def run(self, checked: Checked, out: torch.Tensor | None) -> torch.Tensor:
         """Looks up a checked request."""
@@ -93,7 +125,7 @@ class Lookups:
 
         def run_piece(piece: tuple[int, int]) -> None:
             first, end = piece
-            ids, cut, starts, weights = self._cut(request, bags, first, end)
+            room, ids, cut, starts, weights = self._cut(request, bags, first, end)
             if check and not self.checker.inside(ids, starts):
                 outside.append(first)
             elif not outside:
@@ -101,6 +133,7 @@ class Lookups:
                 if self._lookup_checked is None:
                     lengths = lengths.view(count, bags)[:, first:end].reshape(-1)
                 out[first:end].copy_(self._call(ids[:-1], cut, lengths, weights))
+            self._scratch.give(room)
 
         team.run(run_piece, self._choose_pieces(team, offsets, bags))
         return None if outside else out
@@ -108,7 +141,7 @@ class Lookups:
     def _choose_pieces(self, team: Team, offsets: np.ndarray, bags: int) -> list[tuple[int, int]]:
         """Ranges of bags with about the same work: a bag of a feature counts as an id, too, since its result is written."""
         ids = int(offsets[-1])
-        pieces = team.threads * min(_PIECES, max(1, ids // (_PIECE_IDS * team.threads)))
+        pieces = team.threads * max(1, ids // (_PIECE_IDS * team.threads))
         by_feature = offsets[:-1].reshape(self._features, bags)
         work = (by_feature - by_feature[:, :1]).sum(0) + np.arange(bags) * self._features
         total = ids + bags * self._features
@@ -118,14 +151,15 @@ class Lookups:
 
     def _cut(
         self, request: Checked, bags: int, first: int, end: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, torch.Tensor | None]:
-        """Bags from `first` to before `end` of every feature: ids and a zero, offsets, starts of features, and weights."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, torch.Tensor | None]:
+        """Bags from `first` to before `end` of every feature: room, and in it ids and a zero; offsets, starts, weights."""
         count, offsets = self._features, request.offsets
         starts, ends = offsets[first::bags][:count], offsets[end::bags][:count]
         moved = np.zeros(count + 1, np.int64)
         np.cumsum(ends - starts, out=moved[1:])
         ranges = list(zip(starts.tolist(), ends.tolist(), strict=True))
-        ids = np.empty(moved[-1] + 1, np.int64)
+        room = self._scratch.take(int(moved[-1]) + 1)
+        ids = room[: moved[-1] + 1]
         ids[-1] = 0
         np.concatenate([request.values[start:stop] for start, stop in ranges], out=ids[:-1])
         cut = np.empty(count * (end - first) + 1, np.int64)
@@ -135,7 +169,7 @@ class Lookups:
         weights = request.weights
         if weights is not None:
             weights = torch.cat([weights[start:stop] for start, stop in ranges])
-        return ids, cut, moved[:-1], weights
+        return room, ids, cut, moved[:-1], weights
 
     def _check_out(self, out: torch.Tensor, bags: int) -> None:
         if not isinstance(out, torch.Tensor) or out.dtype is not torch.float32 or out.device.type != "cpu":
@@ -145,3 +179,7 @@ class Lookups:
             raise InvalidInputError(f"out: expected shape [{bags}, {self.width}], got {list(out.shape)}")
         if out.requires_grad or out.layout is not torch.strided:
             raise InvalidInputError("out: expected a dense tensor without a gradient")
+        if 0 in out.stride() and out.numel() > 1:
+            raise InvalidInputError(
+                f"out: expected elements with memory of their own, got strides {list(out.stride())}"
+            )

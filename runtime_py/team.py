@@ -91,6 +91,7 @@ class Team:
 
 def _serve(queue: _Queue, ready: threading.Event) -> None:
     torch.set_num_threads(1)  # of this thread: an operator must not open a parallel region within a piece
+    torch.get_num_threads()  # a thread's first use takes what was set last, by any thread: let that be now
     ready.set()
     while True:
         job = queue.get()

@@ -17,6 +17,7 @@ from support import FEATURES, TABLES, make_rows, state_dict, write_config
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from runtime_py import Artifact, InvalidInputError, Jagged, load_artifact
+from runtime_py.checks import Checked
 
 Bags = Mapping[str, Sequence[Sequence[int]]]
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
@@ -743,11 +744,19 @@ def test_read_only_arrays_are_accepted(artifact: Artifact) -> None:
     assert torch.equal(artifact(with_bags(user=[values])).values, expected)
 
 
+def checked_by(artifact: Artifact, *request: torch.Tensor) -> Checked:
+    """What the artifact looks up when it is given `request`."""
+    seen: list[Checked] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(artifact._lookups, "run", lambda checked, out: seen.append(checked))
+        artifact.lookup(*request)
+    return seen[0]
+
+
 def test_the_graph_is_given_its_own_types(weighted: Artifact) -> None:
     values, lengths = raw(BAGS)
     weights = torch.ones(len(values), dtype=torch.float64)
-    checker = weighted._lookups.checker
-    checked = checker.check_ids(*checker.measure(values.to(torch.int32), lengths.to(torch.int64), weights))
+    checked = checked_by(weighted, values.to(torch.int32), lengths.to(torch.int64), weights)
     assert (checked.values.dtype, checked.offsets.dtype) == (np.int64, np.int64)
     assert checked.lengths.dtype is torch.int32
     assert checked.weights is not None
@@ -756,8 +765,7 @@ def test_the_graph_is_given_its_own_types(weighted: Artifact) -> None:
 
 def test_what_is_looked_up_is_a_copy_so_that_no_id_changes_between_its_check_and_its_use(artifact: Artifact) -> None:
     values, lengths = raw(BAGS)
-    checker = artifact._lookups.checker
-    checked = checker.check_ids(*checker.measure(values, lengths, None))
+    checked = checked_by(artifact, values, lengths)
     for copy, original in ((checked.values, values), (checked.offsets, lengths)):
         assert not np.shares_memory(copy, original.numpy())
 
