@@ -54,7 +54,7 @@ class Artifact:
         checker = RequestChecker(manifest, invalid_ids)
         self._reader = RequestReader(manifest)
         self._entities = EntityReader(manifest, self.vocabularies, self._reader, checker)
-        self._lookups = Lookups(graph, checker, sum(output.dim for output in manifest.outputs), team)
+        self._lookups = Lookups(manifest, graph, checker, team)
         self._invalid, self._unknown = Tally(self._reader.features), Tally(self._reader.features)
         columns: dict[str, tuple[int, int]] = {}
         end = 0
@@ -208,7 +208,7 @@ def load_artifact(
             (see `verify_artifact`).
         invalid_ids: "error" refuses a request with an id outside its table; "zero" gives that id a zero vector; "row:<k>"
             gives it row k, which every table must have. Whatever was replaced is counted by feature.
-        threads: cores that a request of 8,192 ids or more may use, the caller's included.
+        threads: cores that a request of 8,192 ids and 4 MiB of rows or more may use, the caller's included.
         prefault: whether all rows and vocabularies are brought into memory now rather than at their first use.
         lock_memory: whether they are kept there; that brings them in, too, and needs RLIMIT_MEMLOCK.
 

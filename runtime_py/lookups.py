@@ -14,13 +14,16 @@ import torch
 
 from runtime_py.checks import Checked, RequestChecker
 from runtime_py.errors import InvalidInputError
+from runtime_py.manifest import Manifest
 from runtime_py.team import Team
 
 __all__ = ["Lookups"]
 
-SPLIT_IDS = 8192  # below, handing over costs more than it gains
+# A request is split where both are reached: below, handing over costs more than a second core gains.
+SPLIT_IDS = 8192
+SPLIT_BYTES = 4 * 2**20  # of rows
 _PIECE_IDS = 32768  # where there is more than one piece for a thread; a busy core holds others up for one piece
-_SCRATCH_IDS = 2 * _PIECE_IDS
+_SCRATCH_IDS = 2**20  # at most, 8 MiB a thread
 _INT64 = np.dtype(np.int64)
 Graph = Callable[..., torch.Tensor]
 
@@ -38,28 +41,26 @@ class _Scratch(threading.local):
         """int64 of at least `count`."""
         room, self._room = self._room, None
         if room is None or count > room.size:
-            return np.empty(max(count, _SCRATCH_IDS), _INT64)
+            return np.empty(1 << count.bit_length(), _INT64)
         return room
 
     def give(self, room: np.ndarray) -> None:
         """Keeps it for the next one, unless it is large."""
-        if room.size == _SCRATCH_IDS:
+        if room.size <= _SCRATCH_IDS:
             self._room = room
 
 
 class Lookups:
     """The lookups of one artifact: any number of threads may run them at once."""
 
-    def __init__(self, graph: Graph, checker: RequestChecker, width: int, team: Team | None) -> None:
-        """`width` is the number of output columns.
-
-        A graph may have a `lookup_checked`, which takes offsets and leaves out the checks of its own.
-        """
+    def __init__(self, manifest: Manifest, graph: Graph, checker: RequestChecker, team: Team | None) -> None:
+        """A graph may have a `lookup_checked`, which takes offsets and leaves out the checks of its own."""
         self.graph = graph
         self.checker = checker
-        self.width = width
+        self.width = sum(output.dim for output in manifest.outputs)
         self.team = team
         self._features = len(checker.features)
+        self._row_bytes = sum(manifest.table[feature.table].row_bytes for feature in manifest.features) / self._features
         self._scratch = _Scratch()
         self._lookup_checked: Graph | None = getattr(graph, "lookup_checked", None)
 
@@ -75,7 +76,7 @@ class Lookups:
             InvalidInputError: naming feature, position, value and what is allowed.
         """
         array, offsets, lengths, weights = self.checker.measure(values, lengths, weights)
-        if self.team is not None and array.size >= SPLIT_IDS:
+        if self.team is not None and self._is_large(array.size):
             request = Checked(array, offsets, lengths, weights, {})
             pooled = self._run_pieces(self.team, request, out, check=True)
             if pooled is not None:
@@ -92,7 +93,7 @@ class Lookups:
 
     def run(self, checked: Checked, out: torch.Tensor | None) -> torch.Tensor:
         """Looks up a checked request."""
-        if self.team is not None and checked.values.size >= SPLIT_IDS:
+        if self.team is not None and self._is_large(checked.values.size):
             pooled = self._run_pieces(self.team, checked, out, check=False)
             if pooled is not None:  # always: nothing is checked
                 return pooled
@@ -100,6 +101,9 @@ class Lookups:
             self._check_out(out, (checked.offsets.size - 1) // self._features)
         pooled = self._call(checked.values, checked.offsets, checked.lengths, checked.weights)
         return pooled if out is None else out.copy_(pooled)
+
+    def _is_large(self, count: int) -> bool:
+        return count >= SPLIT_IDS and count * self._row_bytes >= SPLIT_BYTES
 
     def _call(
         self, ids: np.ndarray, offsets: np.ndarray, lengths: torch.Tensor, weights: torch.Tensor | None

@@ -46,6 +46,7 @@ def weighted(tmp_path_factory: pytest.TempPathFactory) -> list[Artifact]:
 def tiny_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every request is split, into pieces of some ids."""
     monkeypatch.setattr(lookups, "SPLIT_IDS", 1)
+    monkeypatch.setattr(lookups, "SPLIT_BYTES", 1)
     monkeypatch.setattr(lookups, "_PIECE_IDS", 5)
 
 
@@ -141,19 +142,24 @@ def test_a_large_request_is_looked_up_by_several_threads(three: Artifact, monkey
     call = Lookups._call
 
     def record(self: Lookups, *arguments: Any) -> torch.Tensor:
-        seen.add(threading.get_ident())
-        together.wait(timeout=20)  # all three at once, or it breaks
+        if threading.get_ident() not in seen:
+            seen.add(threading.get_ident())
+            together.wait(timeout=20)  # all three at once, or it breaks
         return call(self, *arguments)
 
     monkeypatch.setattr(Lookups, "_call", record)
-    values, lengths = torch.zeros(10_000, dtype=torch.int64), torch.full((5 * 200,), 10, dtype=torch.int32)
+    values, lengths = torch.zeros(400_000, dtype=torch.int64), torch.full((5 * 8000,), 10, dtype=torch.int32)
     three.lookup(values, lengths)
     assert len(seen) == 3
 
 
 def test_a_small_request_stays_on_its_thread(three: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(three._lookups.team, "run", None)
-    three.lookup(torch.zeros(5, dtype=torch.int64), torch.ones(5, dtype=torch.int32))
+    for bags, length in ((1, 1), (100, 16), (100, 100)):  # the last one has 50,000 ids, of 1 MB of rows
+        values = torch.zeros(5 * bags * length, dtype=torch.int64)
+        three.lookup(values, torch.full((5 * bags,), length, dtype=torch.int32))
+    with pytest.raises(TypeError):  # and it is this that a large one calls
+        three.lookup(torch.zeros(400_000, dtype=torch.int64), torch.full((5 * 8000,), 10, dtype=torch.int32))
 
 
 # --- Graphs that make all checks themselves --------------------------------------------------------------------------
@@ -168,7 +174,7 @@ def test_a_graph_without_a_method_for_checked_requests_gives_the_same(
     values, lengths, _ = draw(seed, 12, 9, outside=True)
     expected = one.with_invalid_ids("zero").lookup(values, lengths)
     for team in (None, three._lookups.team):
-        plain = Lookups(lambda *inputs: one.graph(*inputs), checker, WIDTH, team)
+        plain = Lookups(one.manifest, lambda *inputs: one.graph(*inputs), checker, team)
         pooled, counts = plain.look_up(values, lengths, None, None)
         assert torch.equal(pooled, expected)
         assert sum(counts.values()) > 0
@@ -225,5 +231,6 @@ def test_a_buffer_that_does_not_fit_is_refused(
 ) -> None:
     if split:
         monkeypatch.setattr(lookups, "SPLIT_IDS", 1)
+        monkeypatch.setattr(lookups, "SPLIT_BYTES", 1)
     request: Sequence[torch.Tensor] = torch.zeros(5, dtype=torch.int64), torch.ones(5, dtype=torch.int32)
     assert refusal(lambda: three.lookup(*request, out=out)) == text

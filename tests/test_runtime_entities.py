@@ -160,6 +160,7 @@ def test_a_large_request_of_entities_is_split_and_written_into_the_callers_buffe
     vocabulary_artifact: Path, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lookups, "SPLIT_IDS", 1)
+    monkeypatch.setattr(lookups, "SPLIT_BYTES", 1)
     monkeypatch.setattr(lookups, "_PIECE_IDS", 2)
     given = {**entities(ENTITY_ROWS), "last_item": [[UNKNOWN], [ENTITIES["item"][40]]]}
     expected = artifact({**ENTITY_ROWS, **ROWS}).values
