@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """Time of a lookup beside its peers: what the checks cost, what a second core gains, and what a start costs.
 
-Every round runs each contender four times, one after the other, so that all see the same machine, and keeps the last three; the
-figures are medians, and all outputs are compared. Where the kernel let a thread of ours wait for a core for more than 2 % of a run, that run is left out,
-and counted: on a busy machine it would measure the others. `bare operator` is FBGEMM's lookup called from Python with its
-offsets given, `bare TorchScript` the artifact's graph with the checks that it makes itself. torchrec's quantized module is
-traced by torchrec.fx and scripted, over the same rows, without any check; it takes tensors and gives one.
+Every round runs each contender four times, one after the other, so that all see the same machine, and keeps the last
+three; the figures are medians, and all outputs are compared. Where the kernel let a thread of ours wait for a core for
+more than 2 % of that time, these runs are left out, and counted: on a busy machine they would measure the others. `bare
+operator` is FBGEMM's lookup called from Python with its offsets given, `bare TorchScript` the artifact's graph with the
+checks that it makes itself. torchrec's quantized module is traced by torchrec.fx and scripted, over the same rows,
+without any check; it takes tensors and gives one.
 """
 
 import argparse
