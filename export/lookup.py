@@ -8,6 +8,9 @@ and contributes zero; a negative length counts as zero; lengths that do not add 
 
 A scripted module also looks rows up on a GPU, where a loader pads rows and sets the attributes that `_prepare_device`
 lists. An operator that raises there ends the process's use of the device: lengths that do not add up are then cut instead.
+
+Its method `lookup_checked`, which only TorchScript keeps, leaves the checks out: a loader that checks every request, on
+copies of its own, need not have it checked again.
 """
 
 from collections.abc import Sequence
@@ -99,18 +102,27 @@ class _PlainOpLookup(torch.nn.Module):
     def pool(self, values: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         lengths = lengths.clamp(min=0)
         by_feature = lengths.view(self.num_features, -1)
-        counts = by_feature.sum(1)
-        limits = self.spread(self.num_embeddings, counts, values)
+        limits = self.spread(self.num_embeddings, by_feature, values)
         indices = values.masked_fill((values < 0) | (values >= limits), -1)
-        if weights is not None and not self.all_weighted:
-            weights = weights.masked_fill(~self.spread(self.is_weighted, counts, values), 1.0)
-        if weights is not None:
-            weights = weights.contiguous()  # FBGEMM reads them as if they were, whatever the strides
         if self.raises:
             offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths)
         else:
             # int64, so that no sum overflows, and cut, so that no bag ends behind the ids.
             offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths.to(torch.int64)).clamp(max=values.size(0))
+        return self.pool_checked(indices, by_feature, offsets, weights)
+
+    def measure(self, offsets: torch.Tensor) -> torch.Tensor:
+        """Lengths [F, B]."""
+        return (offsets[1:] - offsets[:-1]).view(self.num_features, -1)
+
+    def pool_checked(
+        self, indices: torch.Tensor, by_feature: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What is left to do when nothing is outside: lengths `by_feature` [F, B], and their sums, `offsets` [F * B + 1]."""
+        if weights is not None and not self.all_weighted:
+            weights = weights.masked_fill(~self.spread(self.is_weighted, by_feature, indices), 1.0)
+        if weights is not None:
+            weights = weights.contiguous()  # FBGEMM reads them as if they were, whatever the strides
         pooled = (
             self.look_up_cached(indices, offsets, weights) if self.cached else self.look_up(indices, offsets, weights)
         )
@@ -122,14 +134,15 @@ class _PlainOpLookup(torch.nn.Module):
             pooled = pooled * scales.t().index_select(1, self.column_features)
         return pooled
 
-    def spread(self, by_feature: torch.Tensor, counts: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """What `by_feature` [F] says of the feature of each id, [N]."""
+    def spread(self, said: torch.Tensor, by_feature: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """What is `said` of each feature [F], of the feature of each id [N]; lengths `by_feature` [F, B]."""
+        counts = by_feature.sum(1)
         if self.raises:
             # Raises where the counts do not add up to N, so that nothing after it reads past the ids.
-            return torch.repeat_interleave(by_feature, counts, output_size=values.size(0))
+            return torch.repeat_interleave(said, counts, output_size=values.size(0))
         positions = torch.arange(values.size(0), dtype=torch.int64, device=values.device)
         features = torch.searchsorted(counts.cumsum(0), positions, right=True)
-        return by_feature.index_select(0, features.clamp(max=self.num_features - 1))
+        return said.index_select(0, features.clamp(max=self.num_features - 1))
 
     def look_up(self, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         pooled: torch.Tensor = torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function(
@@ -203,6 +216,12 @@ class Lookup(_PlainOpLookup):
         """Int64 [N] and int32 [F * B] to float32 [B, sum(D)]."""
         return self.pool(values, lengths, None)
 
+    @torch.jit.export
+    def lookup_checked(self, values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """As `forward` for a request that was checked: int64 [N], each -1 or in its table, and int64 [F * B + 1]."""
+        by_feature = self.measure(offsets) if self.any_mean else offsets  # only a mean reads it
+        return self.pool_checked(values, by_feature, offsets, None)
+
 
 class WeightedLookup(_PlainOpLookup):
     """The graph of an artifact with per-sample weights; those of an unweighted feature are not read."""
@@ -210,6 +229,13 @@ class WeightedLookup(_PlainOpLookup):
     def forward(self, values: torch.Tensor, lengths: torch.Tensor, per_sample_weights: torch.Tensor) -> torch.Tensor:
         """Int64 [N], int32 [F * B] and float32 [N] to float32 [B, sum(D)]."""
         return self.pool(values, lengths, per_sample_weights)
+
+    @torch.jit.export
+    def lookup_checked(
+        self, values: torch.Tensor, offsets: torch.Tensor, per_sample_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As `Lookup.lookup_checked`, with float32 [N]."""
+        return self.pool_checked(values, self.measure(offsets), offsets, per_sample_weights)
 
 
 def make_lookup(tables: Sequence[Table], features: Sequence[ManifestFeature]) -> Lookup | WeightedLookup:

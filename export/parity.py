@@ -313,6 +313,7 @@ def _check_case(
     columns = dict(
         zip((slot.feature for slot in references.slots), pooled.split(_dims(references), dim=1), strict=True)
     )
+    _check_graph_alone(artifact, case, request, pooled)
     _check_strided(artifact, case, request, pooled)
     _check_permuted(artifact, case, request, references.slots, pooled)
     bags = len(case.bags[0])
@@ -360,6 +361,13 @@ def _check_refusal(strict: Artifact, case: Case, request: Request) -> None:
     except InvalidInputError:
         return
     raise GateError(f"parity case '{case.name}': the loader accepted an id outside its table")
+
+
+def _check_graph_alone(artifact: Artifact, case: Case, request: Request, pooled: torch.Tensor) -> None:
+    """The graph as a reader calls it that leaves all checks to it gives the same answer."""
+    inputs = [part for part in request if part is not None]
+    if not _same_bits(artifact.graph(*inputs), pooled):
+        raise GateError(f"parity case '{case.name}': the graph's own checks give another answer than the loader's")
 
 
 def _check_strided(artifact: Artifact, case: Case, request: Request, pooled: torch.Tensor) -> None:

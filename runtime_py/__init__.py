@@ -4,7 +4,9 @@
     artifact = load_artifact("artifacts/demo")
     pooled = artifact({"user_id": [[3, 5], []], "item_id": [[7], [1, 2]]})
 
-Modules: `artifact` (load and look up), `inputs` (requests and their checks), `verify` (is it what was published),
+Modules: `artifact` (load and look up), `inputs` (requests in the forms that callers have), `convert` (their parts),
+`entities` (requests of entity ids), `checks` (what stands between a request and the rows), `lookups` and `team` (running
+it, on one core or several), `pooled` (results), `tally` (counts), `residency` (pages), `verify` (is it what was published),
 `tensor_file` (a mapped file of known tensors), `weights` and `vocabulary` (its two kinds), `manifest` (the contract),
 `torchscript` and `aot_inductor` (the graphs), `operators` (FBGEMM's libraries), `golden` (answers to replay), `pointer`
 (the current one of many versions), `reloading` (follows it), `compatibility`, `digests`, `parallel`, `errors`.
@@ -12,7 +14,7 @@ On a GPU: `cuda` (load), `device_layout` (where tables lie), `device_rows` (thei
 them), `device_artifact` and `captured` (look up), `device_inputs` (checks there), `device_stream`.
 """
 
-from runtime_py.artifact import Artifact, Pooled, load_artifact
+from runtime_py.artifact import Artifact, load_artifact
 from runtime_py.device_artifact import DeviceArtifact
 from runtime_py.errors import (
     ArtifactError,
@@ -35,6 +37,7 @@ from runtime_py.errors import (
 )
 from runtime_py.inputs import Jagged
 from runtime_py.manifest import Manifest
+from runtime_py.pooled import Pooled
 from runtime_py.reloading import Refusal, ReloadingArtifact, ReloadStatus
 from runtime_py.verify import verify_artifact
 from runtime_py.vocabulary import Vocabulary

@@ -4,63 +4,40 @@
 mapping to it and warms it up. Nothing is copied: N processes that load one artifact hold one copy of the rows.
 """
 
-import errno
 import mmap
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from runtime_py import residency
 from runtime_py.aot_inductor import load_aot_inductor
+from runtime_py.checks import InvalidIds, RequestChecker
 from runtime_py.device_layout import Placement
+from runtime_py.entities import EntityReader
 from runtime_py.errors import GraphError, UnsupportedError
-from runtime_py.inputs import Request, RequestReader
+from runtime_py.inputs import ExtraFeatures, RequestReader
+from runtime_py.lookups import Lookups
 from runtime_py.manifest import Graph, Manifest
 from runtime_py.operators import load_operators
+from runtime_py.pooled import Pooled
+from runtime_py.tally import Tally
+from runtime_py.team import Team
 from runtime_py.torchscript import last_line, load_torchscript, versions
 from runtime_py.verify import Verify, open_verified
 from runtime_py.vocabulary import Vocabulary
 
-__all__ = ["Artifact", "Pooled", "load_artifact"]
-
-InvalidIds = Literal["error", "zero"]
-_MADV_POPULATE_READ = 22  # Linux 5.14; the module mmap has no name for it
-
-
-@dataclass(frozen=True)
-class Pooled:
-    """The pooled embeddings of one batch: `values` float32 [B, sum(D)], and a view of them by output key.
-
-    `artifact_id` says which artifact gave them.
-    """
-
-    values: torch.Tensor
-    columns: Mapping[str, tuple[int, int]]
-    artifact_id: str
-
-    def keys(self) -> list[str]:
-        """The output keys, in column order."""
-        return list(self.columns)
-
-    def __getitem__(self, key: str) -> torch.Tensor:
-        """float32 [B, D] of one output key."""
-        start, end = self.columns[key]
-        return self.values[:, start:end]
-
-    def to_dict(self) -> dict[str, torch.Tensor]:
-        """float32 [B, D] by output key."""
-        return {key: self[key] for key in self.columns}
+__all__ = ["Artifact", "load_artifact"]
 
 
 class Artifact:
     """A loaded artifact: call it with a request by name, or `lookup` with the raw signature.
 
-    `vocabularies` holds, by table name, what finds the rows of entity ids. The artifact holds no state that a call
-    changes, so any number of threads may use one.
+    `vocabularies` holds, by table name, what finds the rows of entity ids. Any number of threads may use one
+    artifact: a call changes nothing but the counts of replaced ids, and takes a lock only where it has some to add.
     """
 
     def __init__(
@@ -70,13 +47,16 @@ class Artifact:
         invalid_ids: InvalidIds,
         vocabularies: Mapping[str, Vocabulary],
         mapping: mmap.mmap,
+        team: Team | None = None,
     ) -> None:
         self.manifest = manifest
         self._mapping = mapping  # of the rows; never closed, as tensors and graph have its address
         self.vocabularies = MappingProxyType(dict(vocabularies))
-        self._graph = graph
+        checker = RequestChecker(manifest, invalid_ids)
         self._reader = RequestReader(manifest)
-        self._check_ids = invalid_ids == "error"
+        self._entities = EntityReader(manifest, self.vocabularies, self._reader, checker)
+        self._lookups = Lookups(manifest, graph, checker, team)
+        self._invalid, self._unknown = Tally(self._reader.features), Tally(self._reader.features)
         columns: dict[str, tuple[int, int]] = {}
         end = 0
         for output in manifest.outputs:
@@ -87,21 +67,31 @@ class Artifact:
     def __repr__(self) -> str:
         return f"Artifact({self.manifest.artifact_id[:12]}, features={self._reader.features})"
 
-    def __call__(self, features: Any) -> Pooled:
+    def __call__(
+        self, features: Any, *, extra_features: ExtraFeatures = "error", out: torch.Tensor | None = None
+    ) -> Pooled:
         """Looks up one batch given by feature name.
 
         Args:
             features: a mapping from each feature name to B bags of ids (or to a `Jagged`), or a torchrec
                 `KeyedJaggedTensor` in any key order.
+            extra_features: "error" refuses a name that is no feature, "ignore" passes over it.
+            out: float32 [B, sum(D)] on the CPU, where the embeddings are written; by default a new tensor.
 
         Raises:
             InvalidInputError: naming feature, position, value and what is allowed.
         """
-        values, lengths, weights = self._reader.read(features)
-        return Pooled(self.lookup(values, lengths, weights), self._columns, self.manifest.artifact_id)
+        pooled, invalid = self._lookups.look_up(*self._reader.read(features, extra_features), out)
+        self._invalid.add(invalid)
+        return Pooled(pooled, self._columns, self.manifest.artifact_id, invalid)
 
     def lookup(
-        self, values: torch.Tensor, lengths: torch.Tensor, per_sample_weights: torch.Tensor | None = None
+        self,
+        values: torch.Tensor,
+        lengths: torch.Tensor,
+        per_sample_weights: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Looks up one batch in the raw signature, and returns float32 [B, sum(D)].
 
@@ -109,37 +99,71 @@ class Artifact:
             values: int64 [N], the ids, feature after feature in the manifest's order.
             lengths: int32 [F * B], feature-major: how many ids each bag has.
             per_sample_weights: float32 [N] where the artifact is weighted, else None.
+            out: as for a call.
 
         Raises:
             InvalidInputError: naming feature, position, value and what is allowed.
         """
-        request = self._reader.check(Request(values, lengths, per_sample_weights), ids=self._check_ids)
-        return self._run(request)
-
-    def _run(self, request: Request) -> torch.Tensor:
-        values, lengths, weights = request
-        pooled: torch.Tensor = (
-            self._graph(values, lengths) if weights is None else self._graph(values, lengths, weights)
-        )
+        pooled, invalid = self._lookups.look_up(values, lengths, per_sample_weights, out)
+        if invalid:
+            self._invalid.add(invalid)
         return pooled
 
+    def lookup_entities(
+        self,
+        features: Any,
+        *,
+        rows: Mapping[str, Any] | None = None,
+        unknown_ids: InvalidIds = "error",
+        extra_features: ExtraFeatures = "error",
+        out: torch.Tensor | None = None,
+    ) -> Pooled:
+        """Looks up one batch of entity ids, in the tables that have a vocabulary.
+
+        Args:
+            features: as for a call, with 64-bit entity ids.
+            rows: the features that are given as rows: all whose table has no vocabulary, and any other. A mapping.
+            unknown_ids: what becomes of an entity that the vocabulary does not have: "error", "zero" (a zero vector), or
+                "row:<k>" (row k of its table in its place).
+            extra_features: as for a call.
+            out: as for a call.
+
+        Raises:
+            InvalidInputError: naming feature, position, value and what is allowed.
+            ValueError: `unknown_ids` is none of these.
+        """
+        checked, unknown = self._entities.read(features, rows, unknown_ids, extra_features)
+        pooled = self._lookups.run(checked, out)
+        self._invalid.add(checked.replaced)
+        self._unknown.add(unknown)
+        return Pooled(pooled, self._columns, self.manifest.artifact_id, checked.replaced, unknown)
+
+    @property
+    def graph(self) -> Callable[..., torch.Tensor]:
+        """The graph alone, in the raw signature, without a check of ours: ids outside their table are zero vectors."""
+        return self._lookups.graph
+
+    @property
+    def invalid_id_counts(self) -> dict[str, int]:
+        """How many ids outside their table every feature was given so far, where they are no error."""
+        return self._invalid.read()
+
+    @property
+    def unknown_id_counts(self) -> dict[str, int]:
+        """How many entities that no vocabulary has every feature was given so far, where they are no error."""
+        return self._unknown.read()
+
     def with_invalid_ids(self, invalid_ids: InvalidIds) -> "Artifact":
-        """The same artifact over the same mapping and graph, that treats ids outside their table in this way."""
-        _check_invalid_ids(invalid_ids)
-        return Artifact(self.manifest, self._graph, invalid_ids, self.vocabularies, self._mapping)
+        """The same artifact over the same mapping, graph and threads, that treats ids outside their table in this way."""
+        return Artifact(self.manifest, self.graph, invalid_ids, self.vocabularies, self._mapping, self._lookups.team)
 
     def release_pages(self) -> None:
-        """Takes the rows that were looked up out of this process's resident memory; they stay in the page cache."""
-        self._mapping.madvise(mmap.MADV_DONTNEED)
+        """Takes the rows that were looked up out of this process's resident memory; they stay in the page cache.
 
-    def prefault(self) -> None:
-        """Reads every page of the rows, and maps it: no request then waits for the disk, nor for a page table."""
-        try:
-            self._mapping.madvise(_MADV_POPULATE_READ)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            self._mapping.madvise(mmap.MADV_WILLNEED)  # before Linux 5.14: read ahead, at the kernel's leisure
+        Raises:
+            UnsupportedError: they are locked.
+        """
+        residency.release(self._mapping)
 
     def warm_up(self, path: str) -> None:
         """Runs the graph until TorchScript has specialised it: the first two calls take some 50 ms.
@@ -151,10 +175,11 @@ class Artifact:
         values = torch.zeros(count, dtype=torch.int64, device="cpu")  # whatever the process's default device
         lengths = torch.ones(count, dtype=torch.int32, device="cpu")
         weights = torch.ones(count, dtype=torch.float32, device="cpu") if self.manifest.weighted else None
-        width = sum(output.dim for output in self.manifest.outputs)
-        for _ in range(3):
+        width = self._lookups.width
+        inputs = (values, lengths) if weights is None else (values, lengths, weights)
+        for turn in range(6):
             try:
-                pooled = self._run(Request(values, lengths, weights))
+                pooled = self.graph(*inputs) if turn % 2 else self.lookup(values, lengths, weights)
             except RuntimeError as error:
                 raise GraphError(f"{path} does not run on the manifest's features: {last_line(error)}") from error
             if not isinstance(pooled, torch.Tensor):
@@ -170,6 +195,9 @@ def load_artifact(
     backend: str = "torchscript",
     verify: Verify = "full",
     invalid_ids: InvalidIds = "error",
+    threads: int = 1,
+    prefault: bool = False,
+    lock_memory: bool = False,
     placement: Placement = "device",
     device_memory_bytes: int | None = None,
 ) -> Artifact:
@@ -181,7 +209,11 @@ def load_artifact(
         backend: "torchscript" or "aot_inductor", where the artifact has that graph.
         verify: "full" compares every digest, "sizes" compares all but those of the rows and the vocabularies
             (see `verify_artifact`).
-        invalid_ids: "error" refuses a request with an id outside its table; "zero" gives that id a zero vector.
+        invalid_ids: "error" refuses a request with an id outside its table; "zero" gives that id a zero vector; "row:<k>"
+            gives it row k, which every table must have. Whatever was replaced is counted by feature.
+        threads: cores that a request of 8,192 ids and 4 MiB of rows or more may use, the caller's included.
+        prefault: whether all rows and vocabularies are brought into memory now rather than at their first use.
+        lock_memory: whether they are kept there; that brings them in, too, and needs RLIMIT_MEMLOCK.
         placement: on a GPU, where rows lie that do not fit into `device_memory_bytes`: "device" refuses, "uvm" leaves them in
             memory that is shared with the host, "uvm_cache" does so and keeps a cache of rows on the device.
         device_memory_bytes: on a GPU, what rows and cache may take; default: what is free, less 512 MiB.
@@ -189,11 +221,16 @@ def load_artifact(
     Raises:
         ArtifactError: the artifact is damaged (see `verify_artifact`).
         DeviceMemoryError: the rows do not fit where `placement` says.
-        UnsupportedError: it has no graph for this device and backend, or the graph needs instructions that this CPU lacks.
+        UnsupportedError: it has no graph for this device and backend, the graph needs instructions that this CPU lacks, or
+            the kernel does not lock that much memory.
         GraphError: its graph cannot run here, or does not fit its rows.
+        ValueError: an option is none of these.
     """
-    _check_invalid_ids(invalid_ids)
+    if type(threads) is not int or threads < 1:
+        raise ValueError(f"threads must be 1 or more, got {threads!r}")
     if device.partition(":")[0] == "cuda":
+        if threads != 1 or prefault or lock_memory:
+            raise ValueError(f"threads, prefault and lock_memory are for a CPU, and device is {device!r}")
         from runtime_py.cuda import load_cuda_artifact  # which is made of what is defined here
 
         return load_cuda_artifact(
@@ -219,14 +256,14 @@ def load_artifact(
             run = load_aot_inductor(manifest, graph, Path(path), weights)
         vocabularies = {table: Vocabulary(file) for table, file in verified.vocabularies.items()}
         mapping = verified.weights.mapping
-    artifact = Artifact(manifest, run, invalid_ids, vocabularies, mapping)
+        for file in (verified.weights, *verified.vocabularies.values()):
+            if prefault:
+                residency.prefault(file.mapping)
+            if lock_memory:
+                residency.lock(file.mapping, file.path.name)
+    artifact = Artifact(manifest, run, invalid_ids, vocabularies, mapping, Team(threads) if threads > 1 else None)
     artifact.warm_up(graph.path)
     return artifact
-
-
-def _check_invalid_ids(invalid_ids: str) -> None:
-    if invalid_ids not in ("error", "zero"):
-        raise ValueError(f"invalid_ids must be 'error' or 'zero', got {invalid_ids!r}")
 
 
 def _choose_graph(manifest: Manifest, backend: str, device: str) -> Graph:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from runtime_py.artifact import InvalidIds
+from runtime_py.checks import InvalidIds
 from runtime_py.device_artifact import DeviceArtifact
 from runtime_py.device_graph import attach_device_rows, without_fusion
 from runtime_py.device_layout import DeviceLayout, Placement, plan_layout

@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 
-from runtime_py.artifact import Artifact, InvalidIds, Pooled
+from runtime_py.artifact import Artifact
 from runtime_py.captured import CapturedLookup
+from runtime_py.checks import Checked, InvalidIds, RequestChecker
 from runtime_py.device_inputs import inspect_request, is_plain, move, raise_if_bad
 from runtime_py.device_layout import DeviceLayout
 from runtime_py.device_stream import Order, Verdict, on_stream, pack
 from runtime_py.errors import GraphError, InvalidInputError, UnsupportedError
-from runtime_py.inputs import Request
+from runtime_py.inputs import ExtraFeatures, Request
 from runtime_py.manifest import Manifest
+from runtime_py.pooled import Pooled
 from runtime_py.torchscript import last_line
 from runtime_py.vocabulary import Vocabulary
 
@@ -43,9 +45,12 @@ class DeviceArtifact(Artifact):
         layout: DeviceLayout,
         cache_order: Order | None = None,
     ) -> None:
+        if invalid_ids not in ("error", "zero"):
+            raise ValueError(f"invalid_ids must be 'error' or 'zero' on a GPU, got {invalid_ids!r}")
         super().__init__(manifest, graph, invalid_ids, vocabularies, mapping)
         self.device = device
         self.layout = layout
+        self._checker = RequestChecker(manifest, invalid_ids)
         self._order = cache_order or Order(device)
         self._width = sum(output.dim for output in manifest.outputs)
         rows = [manifest.table[feature.table].num_embeddings for feature in manifest.features]
@@ -54,14 +59,43 @@ class DeviceArtifact(Artifact):
     def __repr__(self) -> str:
         return f"DeviceArtifact({self.manifest.artifact_id[:12]}, device='{self.device}')"
 
-    def __call__(self, features: Any, *, stream: "torch.cuda.Stream | None" = None) -> Pooled:
-        """As `Artifact`'s; a `KeyedJaggedTensor` may lie on the device, and stays there if its keys are in our order."""
+    def __call__(
+        self,
+        features: Any,
+        *,
+        extra_features: ExtraFeatures = "error",
+        out: torch.Tensor | None = None,
+        stream: "torch.cuda.Stream | None" = None,
+    ) -> Pooled:
+        """As `Artifact`'s; a `KeyedJaggedTensor` may lie on the device, and stays there if its keys are in our order.
+
+        Ids that are replaced are not counted.
+        """
         if hasattr(features, "weights_or_none") and hasattr(features, "keys") and hasattr(features, "to"):
             request = Request(features.values(), features.lengths(), features.weights_or_none())
             if list(features.keys()) == self._reader.features and self.is_plain(request):
-                return self._named(self.lookup(*request, stream=stream))
+                return self._named(self.lookup(*request, out=out, stream=stream))
             features = features.to(torch.device("cpu"))
-        return self._named(self.lookup(*self._reader.read(features), stream=stream))
+        request = self._reader.read(features, extra_features)
+        return self._named(self.lookup(*request, out=out, stream=stream))
+
+    def lookup_entities(
+        self,
+        features: Any,
+        *,
+        rows: Mapping[str, Any] | None = None,
+        unknown_ids: InvalidIds = "error",
+        extra_features: ExtraFeatures = "error",
+        out: torch.Tensor | None = None,
+        stream: "torch.cuda.Stream | None" = None,
+    ) -> Pooled:
+        """As `Artifact`'s, which looks the entities up on the host."""
+        checked, unknown = self._entities.read(features, rows, unknown_ids, extra_features)
+        request = _as_request(checked)
+        with on_stream(stream, self.device, request):
+            pooled = self._give(self._look_up_from_host(request), out)
+        self._unknown.add(unknown)
+        return Pooled(pooled, self._columns, self.manifest.artifact_id, {}, unknown)
 
     def _named(self, pooled: torch.Tensor) -> Pooled:
         return Pooled(pooled, self._columns, self.manifest.artifact_id)
@@ -72,6 +106,7 @@ class DeviceArtifact(Artifact):
         lengths: torch.Tensor,
         per_sample_weights: torch.Tensor | None = None,
         *,
+        out: torch.Tensor | None = None,
         stream: "torch.cuda.Stream | None" = None,
     ) -> torch.Tensor:
         """Looks up one batch in the raw signature, and returns float32 [B, sum(D)] on the device.
@@ -80,6 +115,7 @@ class DeviceArtifact(Artifact):
             values: int64 [N], the ids, feature after feature in the manifest's order; on the host or the device.
             lengths: int32 [F * B], feature-major, where `values` are.
             per_sample_weights: float32 [N] where the artifact is weighted, else None.
+            out: float32 [B, sum(D)] on the device, where the embeddings are written; by default a new tensor.
             stream: where the lookup runs, after what the caller's current stream holds by now; by default on that stream.
                 The answer is ready for what is put on the same stream after it.
 
@@ -89,13 +125,26 @@ class DeviceArtifact(Artifact):
         request = Request(values, lengths, per_sample_weights)
         with on_stream(stream, self.device, request):
             if self.is_plain(request) and values.numel() and lengths.numel():
-                return self._look_up_there(request)
-            request = self.check_on_host(request)
-            self.check_size(request.lengths)
-            if not request.values.numel() or not request.lengths.numel():
-                bags = request.lengths.numel() // len(self.manifest.features)
-                return torch.zeros(bags, self._width, dtype=torch.float32, device=self.device)
-            return self.run_on_device(pack(request, self.device))
+                return self._give(self._look_up_there(request), out)
+            return self._give(self._look_up_from_host(self.check_on_host(request)), out)
+
+    def _look_up_from_host(self, request: Request) -> torch.Tensor:
+        """A request of the host that was checked."""
+        self.check_size(request.lengths)
+        if not request.values.numel() or not request.lengths.numel():
+            bags = request.lengths.numel() // len(self.manifest.features)
+            return torch.zeros(bags, self._width, dtype=torch.float32, device=self.device)
+        return self.run_on_device(pack(request, self.device))
+
+    def _give(self, pooled: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        if out is None:
+            return pooled
+        if out.dtype is not torch.float32 or out.device != self.device or out.shape != pooled.shape:
+            raise InvalidInputError(
+                f"out: expected float32 {list(pooled.shape)} on {self.device}, "
+                f"got {out.dtype} {list(out.shape)} on {out.device}"
+            )
+        return out.copy_(pooled)
 
     def capture(self, *, bags: int, ids: int) -> CapturedLookup:
         """A lookup of `bags` bags a feature and at most `ids` ids, recorded once and then launched as a whole.
@@ -116,7 +165,7 @@ class DeviceArtifact(Artifact):
         base = super().with_invalid_ids(invalid_ids)
         return DeviceArtifact(
             base.manifest,
-            self._graph,
+            self.graph,
             invalid_ids,
             self.vocabularies,
             self._mapping,
@@ -150,8 +199,9 @@ class DeviceArtifact(Artifact):
 
     def check_on_host(self, request: Request) -> Request:
         """A request that is not plain, moved to the host where it is not there, and checked."""
-        here = [part.cpu() if isinstance(part, torch.Tensor) else part for part in request]
-        return self._reader.check(Request(*here), ids=self._check_ids)  # type: ignore[arg-type]  # it says what they are
+        return _as_request(
+            self._checker.check(*(part.cpu() if isinstance(part, torch.Tensor) else part for part in request))
+        )
 
     def check_size(self, lengths: torch.Tensor) -> None:
         """Refuses a batch whose answer the kernels cannot address."""
@@ -168,14 +218,15 @@ class DeviceArtifact(Artifact):
 
     def run_on_device(self, request: Request) -> torch.Tensor:
         """The graph, on a request of its types and shapes that lies on the device; safe whatever the request holds."""
+        inputs = request[:2] if request.per_sample_weights is None else request
         if self.layout.cache is None:
-            return self._run(request)
+            return self.graph(*inputs)
         with self._order:
-            return self._run(request)
+            return self.graph(*inputs)
 
     def raise_if_bad(self, verdict: list[int], request: Request) -> None:
         """Raises what the request would raise on a CPU, where the numbers of `inspect` say so."""
-        raise_if_bad(verdict, request.values.numel(), request, self._reader, ids=self._check_ids)
+        raise_if_bad(verdict, request, self._checker)
 
     def _look_up_there(self, request: Request) -> torch.Tensor:
         values, lengths, weights = request
@@ -185,3 +236,7 @@ class DeviceArtifact(Artifact):
         pooled = self.run_on_device(Request(values.to(torch.int64), lengths.to(torch.int32), weights))
         self.raise_if_bad(verdict.wait(), request)
         return pooled
+
+
+def _as_request(checked: Checked) -> Request:
+    return Request(torch.from_numpy(checked.values), checked.lengths, checked.weights)

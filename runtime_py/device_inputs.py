@@ -2,13 +2,14 @@
 
 FBGEMM's own check raises on the device, which ends the process's use of it. Here four numbers are computed beside the
 lookup, which is safe whatever the request holds, and the host reads these. Only where they are bad does the request itself
-move to the host, where `RequestReader` says what is wrong with it.
+move to the host, where `RequestChecker` says what is wrong with it.
 """
 
 import torch
 
+from runtime_py.checks import RequestChecker
 from runtime_py.errors import InvalidInputError
-from runtime_py.inputs import Request, RequestReader
+from runtime_py.inputs import Request
 
 __all__ = ["inspect_request", "is_plain", "move", "raise_if_bad"]
 
@@ -52,23 +53,21 @@ def inspect_request(values: torch.Tensor, lengths: torch.Tensor, num_embeddings:
     return torch.stack([low, high, ends[-1], outside.sum()])
 
 
-def raise_if_bad(verdict: list[int], count: int, request: Request, reader: RequestReader, *, ids: bool) -> None:
-    """Raises what `RequestReader.check` raises, where the four numbers say that it would.
+def raise_if_bad(verdict: list[int], request: Request, checker: RequestChecker) -> None:
+    """Raises what the request would raise on a CPU, where the four numbers say that it would.
 
     Args:
         verdict: of `inspect_request`.
-        count: how many ids there should be.
         request: the request that was inspected, which only moves to the host where it is bad.
-        reader: the artifact's.
-        ids: whether an id outside its table is an error.
+        checker: the artifact's, which says whether an id outside its table is an error.
 
     Raises:
         InvalidInputError: naming feature, position, value and what is allowed.
     """
     low, high, total, outside = verdict
-    if low >= 0 and high < _MOST_LENGTH and total == count and not (ids and outside):
+    if low >= 0 and high < _MOST_LENGTH and total == request.values.numel() and not (outside and checker.refuses_ids):
         return
-    reader.check(move(request, torch.device("cpu")), ids=ids)
+    checker.check(*move(request, torch.device("cpu")))
     raise InvalidInputError(
         "the request changed while it was looked up; leave its tensors alone until the answer is there"
     )

@@ -20,12 +20,13 @@ from typing import Any, Self
 
 import torch
 
-from runtime_py.artifact import Artifact, Pooled, load_artifact
+from runtime_py.artifact import Artifact, load_artifact
 from runtime_py.compatibility import check_compatible
 from runtime_py.errors import ArtifactError, PointerError
 from runtime_py.golden import read_cases, replay_cases
 from runtime_py.manifest import Manifest, read_manifest
 from runtime_py.pointer import VERSIONS, Pointer, hold_version, read_pointer
+from runtime_py.pooled import Pooled
 
 __all__ = ["Refusal", "ReloadStatus", "ReloadingArtifact"]
 
@@ -82,7 +83,6 @@ class ReloadingArtifact:
         pointer: str | os.PathLike[str],
         *,
         interval_s: float | None = 5.0,
-        prefault: bool = False,
         allow_signature_change: bool = False,
         **options: Any,
     ) -> None:
@@ -91,10 +91,8 @@ class ReloadingArtifact:
         Args:
             pointer: the `current.json` that `python -m export publish` writes.
             interval_s: seconds between two looks at the pointer; None: only `refresh` looks.
-            prefault: read and map all rows of a new version before it serves, which a load with verify="sizes" has not
-                read, so that no request waits for the disk.
             allow_signature_change: take a version with other features, outputs or fewer rows, too.
-            options: as of `load_artifact`.
+            options: as of `load_artifact`. With verify="sizes", give prefault=True, so that no request waits for the disk.
 
         Raises:
             ArtifactError: there is no current version, or it is refused.
@@ -102,7 +100,7 @@ class ReloadingArtifact:
         if interval_s is not None and not interval_s > 0:
             raise ValueError(f"interval_s must be greater than 0, or None, got {interval_s!r}")
         self._path = Path(pointer)
-        self._prefault, self._allow_change, self._options = prefault, allow_signature_change, options
+        self._allow_change, self._options = allow_signature_change, options
         self._loading = threading.Lock()  # of loads, never of requests
         self._swaps = self._refusals = 0
         self._refusal: Refusal | None = None
@@ -129,15 +127,23 @@ class ReloadingArtifact:
         """
         return self._serving.artifact
 
-    def __call__(self, features: Any) -> Pooled:
+    def __call__(self, features: Any, **options: Any) -> Pooled:
         """As of `Artifact`; the answer's `artifact_id` says who gave it."""
-        return self._serving.artifact(features)
+        return self._serving.artifact(features, **options)
 
     def lookup(
-        self, values: torch.Tensor, lengths: torch.Tensor, per_sample_weights: torch.Tensor | None = None
+        self,
+        values: torch.Tensor,
+        lengths: torch.Tensor,
+        per_sample_weights: torch.Tensor | None = None,
+        **options: Any,
     ) -> torch.Tensor:
         """As of `Artifact`; to know which version answers, ask `current`, and that one's `manifest.artifact_id`."""
-        return self._serving.artifact.lookup(values, lengths, per_sample_weights)
+        return self._serving.artifact.lookup(values, lengths, per_sample_weights, **options)
+
+    def lookup_entities(self, features: Any, **options: Any) -> Pooled:
+        """As of `Artifact`; vocabulary and rows are of one version."""
+        return self._serving.artifact.lookup_entities(features, **options)
 
     # --- Refreshing -------------------------------------------------------------------------------------------------
 
@@ -208,8 +214,6 @@ class ReloadingArtifact:
                     f"{folder}: changed while it was loaded; a version is never changed, publish another"
                 )
             replay_cases(artifact, read_cases(folder, artifact.manifest))
-            if self._prefault:
-                artifact.prefault()
         except BaseException:
             os.close(held)
             raise

@@ -687,8 +687,8 @@ def test_one_mapping_serves_both_ways_of_treating_ids(artifact_copy: Path) -> No
     means = {feature.name for feature in strict.manifest.features if feature.pooling == "mean"}
     for key, values in lenient(request).to_dict().items():
         assert torch.equal(values * (2 if key in means else 1), strict(alone)[key])
-    with pytest.raises(ValueError, match="invalid_ids must be 'error' or 'zero', got 'row'"):
-        strict.with_invalid_ids("row")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="invalid_ids must be 'error', 'zero' or 'row:<k>' with a row k, got 'row'"):
+        strict.with_invalid_ids("row")
     maps = Path("/proc/self/maps").read_text().splitlines()
     assert sum(str(artifact_copy / "weights") in line for line in maps) == 1
 

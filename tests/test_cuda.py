@@ -160,7 +160,7 @@ def test_answers_are_those_of_the_cpu_from_either_side(here: Artifact, there: De
 @pytest.mark.parametrize("placement", ["dry", pytest.param("device", marks=gpu)])
 def test_rows_that_are_read_back_are_the_canonical_ones(folder: Path, placement: str) -> None:
     there = load(folder, placement)
-    weights = there._graph.scripted.weights  # type: ignore[attr-defined]
+    weights = there.graph.scripted.weights  # type: ignore[attr-defined]
     data = np.frombuffer(there._mapping, np.uint8, offset=there.manifest.weights_offset_bytes)
     for placed in there.layout.tables.values():
         table = placed.table

@@ -233,6 +233,50 @@ def test_a_request_that_changes_meanwhile_is_refused(there: DeviceArtifact, here
         there.raise_if_bad([0, 1, 0, 0], request)
 
 
+def test_an_answer_goes_into_memory_of_the_caller_if_it_fits(there: DeviceArtifact, here: Artifact) -> None:
+    request = draw(here, 5, 3)
+    expected = here.lookup(*request)
+    out = torch.empty_like(expected)
+    assert there.lookup(*request, out=out) is out
+    assert same_bits(out, expected)
+    for wrong in (torch.empty(2, expected.shape[1]), torch.empty_like(expected, dtype=torch.float64)):
+        text = f"out: expected float32 {list(expected.shape)} on cpu, got {wrong.dtype} {list(wrong.shape)} on cpu"
+        with pytest.raises(InvalidInputError, match=f"^{re.escape(text)}$"):
+            there.lookup(*request, out=wrong)
+
+
+def test_names_that_are_no_features_are_passed_over_if_that_is_asked(there: DeviceArtifact, here: Artifact) -> None:
+    request = {
+        feature.name: Jagged([1, 2], [1, 1], [0.5, 2.0] if feature.weighted else None)
+        for feature in here.manifest.features
+    }
+    extra = request | {"nobody": [[1], [2]]}
+    assert same_bits(there(extra, extra_features="ignore").values, here(request).values)
+    with pytest.raises(InvalidInputError, match=r"^unknown feature 'nobody'"):
+        there(extra)
+
+
+def test_another_row_for_an_id_outside_is_for_a_cpu_only(there: DeviceArtifact) -> None:
+    with pytest.raises(ValueError, match=r"^invalid_ids must be 'error' or 'zero' on a GPU, got 'row:0'$"):
+        there.with_invalid_ids("row:0")
+
+
+def test_entities_are_looked_up_on_the_host(vocabulary_artifact: Path) -> None:
+    here, there = load_artifact(vocabulary_artifact), load_on_cpu(vocabulary_artifact)
+    entities = {"user": [[2**40, 5], []], "item": [[0], [-2]], "last_item": [[1], [1]]}
+    options = {"rows": {"tag": [[3], []], "age": [[0], [0]]}, "unknown_ids": "zero"}
+    expected, got = here.lookup_entities(entities, **options), there.lookup_entities(entities, **options)
+    assert same_bits(got.values, expected.values)
+    assert got.unknown_ids == expected.unknown_ids == {"user": 1}
+    assert there.unknown_id_counts == here.unknown_id_counts
+
+
+@pytest.mark.parametrize("options", [{"threads": 2}, {"prefault": True}, {"lock_memory": True}])
+def test_options_of_a_cpu_are_refused_for_a_gpu(vocabulary_artifact: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^threads, prefault and lock_memory are for a CPU, and device is 'cuda'$"):
+        load_on_cpu(vocabulary_artifact, **options)
+
+
 # --- Fixed shapes --------------------------------------------------------------------------------------------------------
 
 
@@ -266,7 +310,7 @@ def test_a_shape_of_nothing_is_a_mistake_of_the_caller(there: DeviceArtifact, ba
 def with_cache(there: DeviceArtifact, graph: Any = None) -> DeviceArtifact:
     cache = CacheLayout(1, 16, {}, 1)
     layout = DeviceLayout(there.layout.tables, there.layout.device_bytes, 0, cache)
-    return DeviceArtifact(there.manifest, graph or there._graph, "error", {}, there._mapping, CPU, layout)
+    return DeviceArtifact(there.manifest, graph or there.graph, "error", {}, there._mapping, CPU, layout)
 
 
 def test_a_lookup_through_a_cache_is_not_captured(there: DeviceArtifact) -> None:
@@ -281,7 +325,7 @@ def test_lookups_through_a_cache_follow_one_another(there: DeviceArtifact, here:
 
     def graph(*inputs: torch.Tensor) -> torch.Tensor:
         inside.append(cached._order._lock.locked())
-        return there._graph(*inputs)
+        return there.graph(*inputs)
 
     cached = with_cache(there, graph)
     request = draw(here, 0, 2)

@@ -117,7 +117,7 @@ def test_what_differs_is_found(script: ModuleType, tmp_path: Path) -> None:
 
     def load_damaged(folder: Path, **options: str):
         artifact = load(folder, **options)
-        artifact._graph.scripted.weights[artifact.layout.tables["int8_64"].offset_bytes :][:4000] ^= 1
+        artifact.graph.scripted.weights[artifact.layout.tables["int8_64"].offset_bytes :][:4000] ^= 1
         return artifact
 
     with pytest.raises(CheckError, match="int8_64"):

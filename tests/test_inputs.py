@@ -17,7 +17,7 @@ from support import FEATURES, TABLES, make_rows, state_dict, write_config
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from runtime_py import Artifact, InvalidInputError, Jagged, load_artifact
-from runtime_py.inputs import Request
+from runtime_py.checks import Checked
 
 Bags = Mapping[str, Sequence[Sequence[int]]]
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
@@ -684,9 +684,12 @@ def test_ids_outside_of_other_than_their_own_value_are_still_refused_where_zeros
     refused(lambda: zeroing.lookup([0], [1]), "lengths: 1 do not divide into 5 features")
 
 
-@pytest.mark.parametrize("wrong", ["ignore", None, True])
+@pytest.mark.parametrize(
+    "wrong", ["ignore", None, True, "row", "row:", "row:-1", "row:1.5", "row:007", "row:" + "9" * 40, 3]
+)
 def test_another_treatment_of_ids_outside_is_refused(built_artifact: Path, wrong: object) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"invalid_ids must be 'error' or 'zero', got {wrong!r}")):
+    text = f"invalid_ids must be 'error', 'zero' or 'row:<k>' with a row k, got {wrong!r}"
+    with pytest.raises(ValueError, match=re.escape(text)):
         load_artifact(built_artifact, invalid_ids=wrong)  # type: ignore[arg-type]
 
 
@@ -741,18 +744,44 @@ def test_read_only_arrays_are_accepted(artifact: Artifact) -> None:
     assert torch.equal(artifact(with_bags(user=[values])).values, expected)
 
 
+def checked_by(artifact: Artifact, *request: torch.Tensor) -> Checked:
+    """What the artifact looks up when it is given `request`."""
+    seen: list[Checked] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(artifact._lookups, "run", lambda checked, out: seen.append(checked))
+        artifact.lookup(*request)
+    return seen[0]
+
+
 def test_the_graph_is_given_its_own_types(weighted: Artifact) -> None:
     values, lengths = raw(BAGS)
     weights = torch.ones(len(values), dtype=torch.float64)
-    checked = weighted._reader.check(Request(values.to(torch.int32), lengths.to(torch.int64), weights), ids=True)
-    assert [tensor.dtype for tensor in checked] == [torch.int64, torch.int32, torch.float32]
+    checked = checked_by(weighted, values.to(torch.int32), lengths.to(torch.int64), weights)
+    assert (checked.values.dtype, checked.offsets.dtype) == (np.int64, np.int64)
+    assert checked.lengths.dtype is torch.int32
+    assert checked.weights is not None
+    assert checked.weights.dtype is torch.float32
 
 
-def test_a_batch_in_the_graphs_own_types_is_not_copied(artifact: Artifact) -> None:
+def test_what_is_looked_up_is_a_copy_so_that_no_id_changes_between_its_check_and_its_use(artifact: Artifact) -> None:
     values, lengths = raw(BAGS)
-    checked = artifact._reader.check(Request(values, lengths, None), ids=True)
-    assert checked.values.data_ptr() == values.data_ptr()
-    assert checked.lengths.data_ptr() == lengths.data_ptr()
+    checked = checked_by(artifact, values, lengths)
+    for copy, original in ((checked.values, values), (checked.offsets, lengths)):
+        assert not np.shares_memory(copy, original.numpy())
+
+
+def test_lengths_that_change_while_they_are_checked_are_refused(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values, lengths = raw(BAGS)
+
+    def change(*_: object) -> torch.Tensor:
+        return torch.zeros(5)
+
+    monkeypatch.setattr("runtime_py.checks.check_lengths", change)
+    refused(
+        lambda: artifact.lookup(values[:-1], lengths), "lengths changed while they were checked; a request must be "
+    )
 
 
 # --- Laws ------------------------------------------------------------------------------------------------------------

@@ -97,6 +97,22 @@ def test_any_ids_give_what_the_plain_loops_give(lookups, data, batch):
     assert torch.equal(lengths, before[1])
 
 
+@given(data=st.data(), batch=st.integers(0, 5))
+@settings(max_examples=40, deadline=None)
+def test_a_request_that_was_checked_gives_the_same_without_the_graphs_own_checks(lookups, data, batch):
+    rows = {t.name: t.num_embeddings for t in TABLES}
+    bags = {
+        f.name: data.draw(
+            st.lists(st.lists(st.integers(-1, rows[f.table] - 1), max_size=6), min_size=batch, max_size=batch), f.name
+        )
+        for f in FEATURES
+    }
+    values, lengths = flatten(bags)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    for name, lookup in lookups.items():
+        assert torch.equal(lookup.lookup_checked(values, offsets), lookup(values, lengths)), name
+
+
 @pytest.mark.parametrize("kind", ["eager", "scripted", "loaded"])
 @pytest.mark.parametrize(
     ("values", "lengths"),
@@ -138,6 +154,8 @@ def test_weights_of_an_unweighted_feature_are_not_read_and_those_of_a_weighted_o
         np.testing.assert_array_equal(pooled[0, :4], rows["a"][1].astype(np.float32) + rows["a"][2].astype(np.float32))
         expected = rows["c"][3].astype(np.float64) * 2.0 + rows["c"][4].astype(np.float64) * 0.5
         np.testing.assert_allclose(pooled[0, 4:], expected, rtol=1e-6)
+        checked = lookup.lookup_checked(values, torch.tensor([0, 2, 4]), weights)
+        np.testing.assert_array_equal(checked.numpy(), pooled)
     assert type(make_lookup(TABLES, FEATURES)) is Lookup
 
 

@@ -12,6 +12,7 @@ from export.config import Precision, load_config
 from export.errors import GateError
 from export.parity import _bound_rows, check_parity, make_cases, make_slots, probe_ids
 from export.quantize import convert_rows, new_rows
+from runtime_py import Artifact
 
 
 def tables_config(tmp_path, tables=TABLES):
@@ -130,3 +131,16 @@ def test_the_bound_of_a_quantized_row_is_half_a_step_and_little_more(precision):
     inside = (bound < 0.51 * scale).mean()
     assert inside > 0.8  # the others are at an end of their row, which was rounded
     assert (error / bound).max() > 0.99
+
+
+def test_a_graph_whose_own_checks_give_another_answer_than_the_loader_fails(
+    built_artifact, rows, tmp_path, monkeypatch
+):
+    """Other readers call the graph alone; the loader calls its method for requests that were checked."""
+
+    def graph(self):
+        return lambda *inputs: self._lookups.graph(*inputs) + 1.0
+
+    monkeypatch.setattr(Artifact, "graph", property(graph))
+    with pytest.raises(GateError, match="the graph's own checks give another answer than the loader's"):
+        check(built_artifact, tables_config(tmp_path), rows)

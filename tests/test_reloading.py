@@ -156,14 +156,16 @@ def test_a_thread_follows_the_pointer_and_says_so(root, second, caplog):
 def test_requests_that_are_in_flight_end_on_the_version_that_they_began_with(root, serving, first, second, monkeypatch):
     monkeypatch.setattr(reloading, "_DRAIN_S", 30.0)
     begun, go, answers = threading.Event(), threading.Event(), []
-    graphs = [serving.current._graph]
+    lookups = serving.current._lookups
+    graphs = [lookups._lookup_checked]
 
     def slow(*inputs):
         begun.set()
         go.wait(WAIT_S)
         return graphs.pop()(*inputs)  # and holds it no longer
 
-    serving.current._graph = slow
+    lookups._lookup_checked = slow
+    del lookups
     request = threading.Thread(target=lambda: answers.append(serving(REQUEST)))
     request.start()
     begun.wait(WAIT_S)

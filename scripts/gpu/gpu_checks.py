@@ -186,7 +186,7 @@ def check_rows(context: Context, precision: ServingPrecision) -> dict[str, Any]:
     """Rows that are read back from the device are the canonical ones, and their padding is zero."""
     folder = context.artifact(precision, weighted=False)
     there = context.load(folder)
-    weights = there._graph.scripted.weights
+    weights = there.graph.scripted.weights
     data = np.fromfile(folder / WEIGHTS, np.uint8, offset=there.manifest.weights_offset_bytes)
     for placed in there.layout.tables.values():
         table, padded = placed.table, padded_rows(weights, placed)

@@ -98,7 +98,7 @@ def _lookups(context: Context, artifact: DeviceArtifact, size: Size) -> dict[str
 
 def _bare_operator(artifact: DeviceArtifact, request: Request) -> Callable[[], object]:
     """FBGEMM's lookup over the same rows, with ids and offsets that nobody checks."""
-    graph = artifact._graph.scripted
+    graph = artifact.graph.scripted
     offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(request.lengths.long())
     largest = [graph.max_dim_int2, graph.max_dim_int4, graph.max_dim_int8, graph.max_dim_fp16, graph.max_dim_fp32]
 

@@ -1,0 +1,87 @@
+"""What callers have, as arrays and tensors: ids, lengths and weights in any usual form, or an error that says where."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from runtime_py.errors import InvalidInputError
+
+__all__ = ["as_floats", "as_ids", "as_integers", "is_sequence"]
+
+
+def is_sequence(data: Any) -> bool:
+    """Whether it has a length; text has none here."""
+    if isinstance(data, str | bytes):
+        return False
+    try:
+        len(data)
+    except TypeError:  # no length at all, or an array or a tensor of no dimension
+        return False
+    return True
+
+
+def as_ids(where: str, bag: Any) -> np.ndarray:
+    """One bag as int64 [L]."""
+    try:
+        array = np.asarray(bag.detach() if isinstance(bag, torch.Tensor) else bag)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise InvalidInputError(f"{where}: expected ids, got {bag!r:.80}") from error
+    if array.ndim != 1:
+        raise InvalidInputError(f"{where}: expected a flat sequence of ids, got shape {list(array.shape)}")
+    if array.size == 0:
+        return np.empty(0, np.int64)
+    if (
+        array.dtype.kind not in "iu"
+        or array.dtype == np.uint64
+        or (isinstance(bag, list | tuple) and bool in map(type, bag))
+    ):
+        wrong = next((item for item in bag if not isinstance(item, int | np.integer) or isinstance(item, bool)), bag)
+        raise InvalidInputError(f"{where}: an id is a 64-bit integer, got {wrong!r:.80} ({array.dtype})")
+    return array.astype(np.int64)
+
+
+def as_integers(what: str, data: Any) -> torch.Tensor:
+    """`data` as a 1-D CPU tensor of int64 or int32; the same tensor where it already is one."""
+    tensor = _tensor(what, data, "int64 or int32")
+    if tensor.dtype not in (torch.int64, torch.int32):
+        if tensor.numel():
+            raise InvalidInputError(f"{what}: expected int64 or int32, got {_name(tensor.dtype)}")
+        return tensor.to(torch.int64)
+    return tensor
+
+
+def as_floats(what: str, data: Any, count: int) -> torch.Tensor:
+    """`data` as a contiguous 1-D CPU tensor of `count` float32 weights; the same tensor where it already is one."""
+    tensor = _tensor(what, data, "float32")
+    if not tensor.dtype.is_floating_point and tensor.numel():
+        raise InvalidInputError(f"{what}: expected float32, got {_name(tensor.dtype)}")
+    if tensor.numel() != count:
+        raise InvalidInputError(f"{what}: {tensor.numel()} weights for {count} values")
+    return tensor.to(torch.float32).contiguous()
+
+
+def _tensor(what: str, data: Any, expected: str) -> torch.Tensor:
+    if not isinstance(data, torch.Tensor):
+        try:
+            array = np.array(data)
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise InvalidInputError(f"{what}: expected {expected}, got {data!r:.80}") from error
+        if array.dtype.kind not in "biuf" or array.dtype in (np.uint64, np.longdouble):
+            got = array.dtype if array.dtype.kind in "cuf" else f"{data!r:.80}"
+            raise InvalidInputError(f"{what}: expected {expected}, got {got}")
+        data = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+    if data.layout is not torch.strided or data.is_nested:
+        raise InvalidInputError(
+            f"{what}: expected a dense tensor, got {'a nested one' if data.is_nested else data.layout}"
+        )
+    if data.dim() != 1:
+        raise InvalidInputError(f"{what}: expected one dimension, got shape {list(data.shape)}")
+    if data.device.type != "cpu":
+        raise InvalidInputError(f"{what}: expected a tensor on the CPU, got one on {data.device}")
+    tensor: torch.Tensor = data.detach()
+    return tensor
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,106 @@
+"""A few threads that stand ready, so that one request can use several cores.
+
+FBGEMM's CPU kernel runs on the thread that calls it, whatever `torch.set_num_threads` says, and releases the interpreter
+lock. Handing work over must cost microseconds: the caller works, too, and pieces are taken from one queue without a lock
+of ours. Threads do not survive `fork`: a child starts its own when it first needs them.
+"""
+
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+__all__ = ["Team"]
+
+
+class _Job:
+    """The pieces of one call, done by whoever comes, and what each ended with: `None`, or what it raised."""
+
+    def __init__(self, function: Callable[[Any], None], pieces: Sequence[Any]) -> None:
+        self._function = function
+        self._waiting = deque(pieces)
+        self._pieces = len(pieces)
+        self._outcomes: SimpleQueue[BaseException | None] = SimpleQueue()
+
+    def work(self) -> None:
+        """Does pieces until none is waiting."""
+        while self._waiting:
+            try:
+                piece = self._waiting.popleft()
+            except IndexError:  # somebody was faster
+                return
+            try:
+                self._function(piece)
+            except BaseException as error:
+                self._outcomes.put(error)
+            else:
+                self._outcomes.put(None)
+
+    def wait(self) -> None:
+        """Waits for every piece, and raises what one of them raised."""
+        outcomes = [self._outcomes.get() for _ in range(self._pieces)]
+        for error in outcomes:
+            if error is not None:
+                raise error
+
+
+_Queue = SimpleQueue[_Job | None]
+
+
+class Team:
+    """`threads` threads, of which the caller of `run` is one. Any number of callers may use one team."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._starting = threading.Lock()
+        self._start()
+
+    def run(self, function: Callable[[Any], None], pieces: Sequence[Any]) -> None:
+        """Calls `function` with every piece, in any order and on any of the threads, and returns when all are done.
+
+        Raises:
+            Exception: what `function` raised, of several the first in the order of their ends.
+        """
+        if self._process != os.getpid():
+            with self._starting:
+                if self._process != os.getpid():
+                    self._start()
+        job = _Job(function, pieces)
+        for _ in range(min(self.threads, len(pieces)) - 1):
+            self._queue.put(job)
+        job.work()
+        job.wait()
+
+    def _start(self) -> None:
+        self._queue: _Queue = SimpleQueue()
+        ready = [threading.Event() for _ in range(self.threads - 1)]
+        for number, event in enumerate(ready):
+            name = f"embedding lookups {number}"
+            threading.Thread(target=_serve, args=(self._queue, event), name=name, daemon=True).start()
+        for event in ready:
+            event.wait()
+        torch.set_num_threads(torch.get_num_threads())  # threads to come start with what was set last: not a helper's 1
+        weakref.finalize(self, _dismiss, self._queue, self.threads - 1).atexit = False
+        self._process = os.getpid()
+
+
+def _serve(queue: _Queue, ready: threading.Event) -> None:
+    torch.set_num_threads(1)  # of this thread: an operator must not open a parallel region within a piece
+    torch.get_num_threads()  # a thread's first use takes what was set last, by any thread: let that be now
+    ready.set()
+    while True:
+        job = queue.get()
+        if job is None:
+            return
+        job.work()
+        del job  # or its tensors would live until the next one
+
+
+def _dismiss(queue: _Queue, threads: int) -> None:
+    for _ in range(threads):
+        queue.put(None)

@@ -1,0 +1,314 @@
+#!/usr/bin/env python
+"""Time of a lookup beside its peers: what the checks cost, what a second core gains, and what a start costs.
+
+Every round runs each contender four times, one after the other, so that all see the same machine, and keeps the last
+three; the figures are medians, and all outputs are compared. Where the kernel let a thread of ours wait for a core for
+more than 2 % of that time, these runs are left out, and counted: on a busy machine they would measure the others. `bare
+operator` is FBGEMM's lookup called from Python with its offsets given, `bare TorchScript` the artifact's graph with the
+checks that it makes itself. torchrec's quantized module is traced by torchrec.fx and scripted, over the same rows,
+without any check; it takes tensors and gives one.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torchrec import EmbeddingBagConfig
+from torchrec.fx import symbolic_trace
+from torchrec.modules.embedding_configs import DataType
+from torchrec.quant.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from export import build_artifact
+from runtime_py import Artifact, load_artifact
+from runtime_py.aot_inductor import make_constants
+
+DIM = 64
+WARM_UP = 20
+Run = Callable[[], torch.Tensor]
+
+
+def build(folder: Path, tables: int, rows: int) -> Path:
+    """An artifact of fp16 tables with one feature each."""
+    names = [f"t{number:02}" for number in range(tables)]
+    generator = torch.Generator().manual_seed(0)
+    trained = {name: torch.randn(rows, DIM, generator=generator) for name in names}
+    torch.save({f"model.embedding_bags.{name}.weight": tensor for name, tensor in trained.items()}, folder / "s.pt")
+    described = [
+        {"name": name, "num_embeddings": rows, "embedding_dim": DIM, "data_type": "fp32", "serving_precision": "fp16"}
+        for name in names
+    ]
+    config = {"large_embeddings": {"tables": described}, "snapshot": {"uri": "s.pt"}, "parity": {"batches": 1}}
+    (folder / "release.yaml").write_text(json.dumps(config))
+    artifact = build_artifact(folder / "release.yaml", folder / "artifact", workers=2).artifact
+    (folder / "s.pt").unlink()
+    return artifact
+
+
+class TorchrecLookup(torch.nn.Module):
+    """torchrec's quantized collection over an artifact's rows, from the raw signature to one tensor."""
+
+    def __init__(self, artifact: Artifact, weights: torch.Tensor) -> None:
+        super().__init__()
+        self.keys = [feature.name for feature in artifact.manifest.features]
+        configs = [
+            EmbeddingBagConfig(
+                name=table.name,
+                num_embeddings=table.num_embeddings,
+                embedding_dim=table.embedding_dim,
+                feature_names=[table.name],
+                data_type=DataType.FP16,
+            )
+            for table in artifact.manifest.tables
+        ]
+        rows = {
+            table.name: (weights[table.offset_bytes :][: table.bytes].view(table.num_embeddings, -1), None)
+            for table in artifact.manifest.tables
+        }
+        self.collection = EmbeddingBagCollection(
+            configs, False, torch.device("cpu"), table_name_to_quantized_weights=rows
+        )
+
+    def forward(self, values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """As a graph of ours."""
+        return self.collection(KeyedJaggedTensor(keys=self.keys, values=values, lengths=lengths)).values()
+
+
+def script_torchrec(artifact: Artifact) -> torch.jit.ScriptModule:
+    """`TorchrecLookup` as torchrec's users serve it."""
+    lookup = TorchrecLookup(artifact, artifact.graph.weights)  # type: ignore[attr-defined]
+    leaves = ["IntNBitTableBatchedEmbeddingBagsCodegen", "ComputeKJTToJTDict"]
+    return torch.jit.script(symbolic_trace(lookup, leaf_modules=leaves))
+
+
+def bare_operator(artifact: Artifact) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """FBGEMM's operator over an artifact's rows."""
+    weights = artifact.graph.weights  # type: ignore[attr-defined]
+    constants = make_constants(artifact.manifest, weights)
+    names = ("weights_placements", "weights_offsets", "weights_types", "dim_offsets")
+    tables = [constants[name] for name in names]
+    width = sum(output.dim for output in artifact.manifest.outputs)
+    operator = torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function.default
+
+    def run(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        pooled: torch.Tensor = operator(
+            weights, weights, *tables, width, 0, 0, 0, DIM, 0, values, offsets, 0, None, 0, None, None, 1, 0, -1, -1
+        )
+        return pooled
+
+    return run
+
+
+def draw(artifact: Artifact, bags: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Values, lengths and offsets of bags of one length, ids drawn uniformly."""
+    count = len(artifact.manifest.features)
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randint(0, artifact.manifest.tables[0].num_embeddings, (count * bags * length,), generator=generator)
+    lengths = torch.full((count * bags,), length, dtype=torch.int32)
+    return values, lengths, torch.arange(0, values.numel() + 1, length)
+
+
+class Waiting:
+    """How long the threads of this process have waited for a core, though they could have run."""
+
+    def __init__(self) -> None:
+        self._files = [os.open(task / "schedstat", os.O_RDONLY) for task in Path("/proc/self/task").iterdir()]
+
+    def read_ns(self) -> int:
+        """Of the threads that were there at the start, all together; a system call for each, so that caches stay warm."""
+        return sum(int(os.pread(file, 64, 0).split()[1]) for file in self._files)
+
+    def close(self) -> None:
+        """Closes what it reads."""
+        for file in self._files:
+            os.close(file)
+
+
+def measure(runs: dict[str, Run], seconds: float) -> dict[str, float]:
+    """Median microseconds of each, of the runs that had their cores; prints how many there were."""
+    outputs = {name: run() for name, run in runs.items() for _ in range(WARM_UP)}
+    first = next(iter(outputs.values()))
+    for name, output in outputs.items():
+        if not torch.equal(output, first):
+            raise SystemExit(f"'{name}' gives another result")
+    del outputs
+    times: dict[str, list[int]] = {name: [] for name in runs}
+    everything: dict[str, list[int]] = {name: [] for name in runs}
+    waiting = Waiting()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for name, run in runs.items():
+            waited, taken = waiting.read_ns(), []
+            for _ in range(4):
+                start = time.perf_counter_ns()
+                run()
+                taken.append(time.perf_counter_ns() - start)
+            everything[name] += taken[1:]
+            if waiting.read_ns() - waited <= 0.02 * sum(taken) + 2000:
+                times[name] += taken[1:]
+    waiting.close()
+    medians = {}
+    for name in runs:
+        kept = times[name] if len(times[name]) >= 10 else everything[name]
+        medians[name] = statistics.median(kept) / 1000
+        note = "" if kept is times[name] else "; too few had their cores: of all runs"
+        print(f"  {name:34}{medians[name]:12.1f} us   ({len(times[name])} of {len(everything[name])} runs{note})")
+    return medians
+
+
+def verdict(what: str, value: float, limit: float, *, least: bool = False) -> None:
+    """One line a target."""
+    met = value >= limit if least else value <= limit
+    print(f"  -> {what}: {value:.2f}, {'at least' if least else 'at most'} {limit:g}: {'met' if met else 'NOT met'}")
+
+
+def compare_overhead(path: Path, seconds: float) -> None:
+    """What the checks cost: one example, and more, on one thread."""
+    artifact = load_artifact(path, verify="sizes")
+    operator, torchrec = bare_operator(artifact), script_torchrec(artifact)
+    keys = [feature.name for feature in artifact.manifest.features]
+    for bags, length in ((1, 1), (1, 5), (20, 20), (60, 20), (200, 20), (600, 20)):
+        values, lengths, offsets = draw(artifact, bags, length)
+        keyed = KeyedJaggedTensor(keys=keys, values=values, lengths=lengths)
+        print(f"\n{len(keys)} tables, {bags} bags of {length} ids each: {values.numel()} ids")
+        medians = measure(
+            {
+                "bare operator": lambda v=values, o=offsets: operator(v, o),  # type: ignore[misc]
+                "bare TorchScript": lambda v=values, n=lengths: artifact.graph(v, n),  # type: ignore[misc]
+                "artifact.lookup": lambda v=values, n=lengths: artifact.lookup(v, n),  # type: ignore[misc]
+                "artifact(KeyedJaggedTensor)": lambda k=keyed: artifact(k).values,  # type: ignore[misc]
+                "torchrec.fx, TorchScript": lambda v=values, n=lengths: torchrec(v, n),  # type: ignore[misc]
+            },
+            seconds,
+        )
+        ours = medians["artifact.lookup"]
+        if values.numel() >= 10_000:
+            verdict("artifact.lookup / bare operator", ours / medians["bare operator"], 1.1)
+        else:
+            verdict("artifact.lookup / bare TorchScript", ours / medians["bare TorchScript"], 2.5)
+            verdict("artifact.lookup / torchrec.fx", ours / medians["torchrec.fx, TorchScript"], 1.0)
+
+
+def compare_threads(path: Path, seconds: float) -> None:
+    """What a second core gains, beside what it can gain: two threads that each look half of the bags up, and no more."""
+    one, two = (load_artifact(path, verify="sizes", threads=threads) for threads in (1, 2))
+    operator = bare_operator(one)
+    count = len(one.manifest.features)
+    pool = ThreadPoolExecutor(1)
+    for ids, length in ((10_000, 20), (50_000, 20), (200_000, 20), (1_000_000, 20), (200_000, 2)):
+        bags = ids // (length * count) // 2 * 2
+        values, lengths, offsets = draw(one, bags, length)
+        halves = values.view(count, 2, -1).transpose(0, 1).reshape(2, -1).contiguous()
+        half_offsets = offsets[: count * bags // 2 + 1].contiguous()
+
+        def bound(halves: torch.Tensor = halves, half_offsets: torch.Tensor = half_offsets) -> torch.Tensor:
+            other = pool.submit(operator, halves[1], half_offsets)
+            operator(halves[0], half_offsets)
+            return other.result()
+
+        print(f"\n{count} table(s), {bags} bags of {length} ids each: {values.numel()} ids")
+        result = torch.empty(bags, DIM * count)
+        runs: dict[str, Run] = {
+            "threads=1": lambda v=values, n=lengths: one.lookup(v, n),  # type: ignore[misc]
+            "threads=2": lambda v=values, n=lengths: two.lookup(v, n),  # type: ignore[misc]
+            "threads=2, into out": lambda v=values, n=lengths, r=result: two.lookup(v, n, out=r),  # type: ignore[misc]
+        }
+        medians = measure(runs, seconds)
+        print("  halves, nothing checked or put together:")
+        medians |= measure({"bare operator": lambda v=values, o=offsets: operator(v, o)}, seconds / 3)  # type: ignore[misc]
+        medians |= measure({"two bare operators": bound}, seconds / 3)
+        possible = medians["bare operator"] / medians["two bare operators"]
+        verdict("threads=1 / threads=2", medians["threads=1"] / medians["threads=2"], 1.7, least=True)
+        print(f"     the machine gave two bare operators {possible:.2f}")
+
+
+def memory_kib(field: str) -> int:
+    """A figure of this process's mappings of weight files."""
+    total, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0]:
+            ours = line.endswith("tables.safetensors")
+        elif ours and line.startswith(f"{field}:"):
+            total += int(line.split()[1])
+    return total
+
+
+def _hold(path: Path, ready: "multiprocessing.synchronize.Barrier", results: "multiprocessing.Queue[int]") -> None:
+    artifact = load_artifact(path, verify="sizes", prefault=True)
+    ready.wait()
+    results.put(memory_kib("Pss"))
+    ready.wait()
+    del artifact
+
+
+def compare_starts(path: Path, workers: int) -> None:
+    """Seconds of a start, from a cold and a warm page cache, and what several workers hold together."""
+    size = (path / "weights/tables.safetensors").stat().st_size
+    print(f"\nload_artifact(verify='sizes') of {size / 2**20:.0f} MiB")
+    for name, options in {
+        "plain": {},
+        "prefault": {"prefault": True},
+        "lock_memory": {"lock_memory": True},
+    }.items():
+        seconds = []
+        for cold in (True, False):
+            fd = os.open(path / "weights/tables.safetensors", os.O_RDONLY)
+            if cold:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+            start = time.perf_counter()
+            artifact = load_artifact(path, verify="sizes", **options)  # type: ignore[arg-type]
+            seconds.append(time.perf_counter() - start)
+            resident = memory_kib("Rss")
+            del artifact
+        print(f"  {name:34}{seconds[0]:8.3f} s cold, {seconds[1]:.3f} s warm; {resident / 1024:.0f} MiB mapped in")
+    context = multiprocessing.get_context("spawn")
+    ready, results = context.Barrier(workers), context.Queue()
+    processes = [context.Process(target=_hold, args=(path, ready, results)) for _ in range(workers)]
+    for process in processes:
+        process.start()
+    shares = sum(results.get() for _ in processes)
+    for process in processes:
+        process.join()
+    print(
+        f"  {workers} workers hold {shares / 1024:.0f} MiB of rows together (sum of Pss), {size / 2**20:.0f} MiB in the file"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints every comparison."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=100_000, help="rows of each of 26 tables (default: 100000)")
+    parser.add_argument("--one", type=int, default=2_000_000, help="rows of the one large table (default: 2000000)")
+    parser.add_argument("--seconds", type=float, default=6, help="for each comparison (default: 6)")
+    parser.add_argument(
+        "--parts", nargs="+", choices=["checks", "threads", "starts"], default=["checks", "threads", "starts"]
+    )
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    with tempfile.TemporaryDirectory(prefix="runtime-speed-") as name:
+        folders = [Path(name, kind) for kind in ("many", "one")]
+        for folder in folders:
+            folder.mkdir()
+        many, large = build(folders[0], 26, options.rows), build(folders[1], 1, options.one)
+        if "checks" in options.parts:
+            compare_overhead(many, options.seconds)
+        if "threads" in options.parts:
+            compare_threads(large, options.seconds)
+            compare_threads(many, options.seconds)
+        if "starts" in options.parts:
+            compare_starts(large, 4)
+
+
+if __name__ == "__main__":
+    main()

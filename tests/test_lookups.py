@@ -1,0 +1,236 @@
+"""Running checked requests: in pieces on several threads as in one, with any graph, into a buffer of the caller's."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import FEATURES, TABLES, make_rows, state_dict, write_config
+
+from runtime_py import Artifact, InvalidInputError, load_artifact, lookups
+from runtime_py.checks import RequestChecker
+from runtime_py.lookups import Lookups
+
+SIZES = [300, 41, 41, 7, 1]
+WIDTH = 34
+
+
+@pytest.fixture(scope="module")
+def one(built_artifact: Path) -> Artifact:
+    return load_artifact(built_artifact)
+
+
+@pytest.fixture(scope="module")
+def three(built_artifact: Path) -> Artifact:
+    return load_artifact(built_artifact, threads=3)
+
+
+@pytest.fixture(scope="module")
+def weighted(tmp_path_factory: pytest.TempPathFactory) -> list[Artifact]:
+    """On one thread and on three, with a weighted, a mean and an unweighted feature."""
+    from export import build_artifact
+
+    tables = [table | {"weighted": table["name"] in ("user", "age")} for table in TABLES]
+    folder = tmp_path_factory.mktemp("weighted")
+    torch.save(state_dict(make_rows(tables)), folder / "snapshot.pt")
+    config = write_config(folder / "release.yaml", folder / "snapshot.pt", tables)
+    artifact = build_artifact(config, folder / "artifact", workers=2).artifact
+    return [load_artifact(artifact, threads=threads) for threads in (1, 3)]
+
+
+@pytest.fixture
+def tiny_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every request is split, into pieces of some ids."""
+    monkeypatch.setattr(lookups, "SPLIT_IDS", 1)
+    monkeypatch.setattr(lookups, "SPLIT_BYTES", 1)
+    monkeypatch.setattr(lookups, "_PIECE_IDS", 5)
+
+
+def draw(seed: int, bags: int, longest: int, outside: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A request with lengths of very different sizes, and weights for it."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(0, longest + 1, (5, bags)) * rng.integers(0, 2, (5, bags))
+    lengths[rng.integers(0, 5)] = 0  # a feature without ids
+    ids = [
+        rng.integers(0, size + (3 if outside else 0), count) for size, count in zip(SIZES, lengths.sum(1), strict=True)
+    ]
+    values = np.concatenate(ids)
+    return (
+        torch.from_numpy(values),
+        torch.from_numpy(lengths.reshape(-1).astype(np.int32)),
+        torch.from_numpy(rng.normal(size=values.size).astype(np.float32)),
+    )
+
+
+def refusal(call: Callable[[], object]) -> str:
+    with pytest.raises(InvalidInputError) as caught:
+        call()
+    return str(caught.value)
+
+
+# --- In pieces -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("tiny_pieces")
+@pytest.mark.parametrize("seed", range(20))
+def test_pieces_give_what_the_whole_gives_to_the_last_bit(one: Artifact, three: Artifact, seed: int) -> None:
+    values, lengths, _ = draw(seed, 1 + seed % 7 * 3, 9)
+    assert torch.equal(three.lookup(values, lengths), one.lookup(values, lengths))
+
+
+@pytest.mark.usefixtures("tiny_pieces")
+@pytest.mark.parametrize("seed", range(10))
+def test_pieces_of_a_weighted_request_take_their_weights_along(weighted: list[Artifact], seed: int) -> None:
+    request = draw(seed, 1 + seed * 2, 9)
+    whole, pieces = (artifact.lookup(*request) for artifact in weighted)
+    assert torch.equal(pieces, whole)
+
+
+@pytest.mark.usefixtures("tiny_pieces")
+@pytest.mark.parametrize("policy", ["error", "zero", "row:0"])
+@pytest.mark.parametrize("seed", range(5))
+def test_pieces_treat_ids_outside_as_the_whole_does(one: Artifact, three: Artifact, policy: str, seed: int) -> None:
+    values, lengths, _ = draw(100 + seed, 12, 9, outside=True)
+    before = values.clone()
+    whole, pieces = (artifact.with_invalid_ids(policy) for artifact in (one, three))
+    if policy == "error":
+        text = refusal(lambda: whole.lookup(values, lengths))
+        assert text == refusal(lambda: pieces.lookup(values, lengths))
+    else:
+        assert torch.equal(pieces.lookup(values, lengths), whole.lookup(values, lengths))
+        assert pieces.invalid_id_counts == whole.invalid_id_counts
+        assert sum(whole.invalid_id_counts.values()) > 0
+    assert torch.equal(values, before)
+
+
+@given(lengths=st.lists(st.integers(0, 12), max_size=40), pieces=st.integers(1, 9))
+@settings(deadline=None, max_examples=200)
+def test_pieces_cover_every_bag_once_and_none_is_empty(one: Artifact, lengths: list[int], pieces: int) -> None:
+    bags = len(lengths)
+    offsets = np.concatenate([[0], np.cumsum(lengths * 5)]).astype(np.int64)
+    if not bags:
+        return
+
+    class Threads:
+        threads = pieces
+
+    edges = one._lookups._choose_pieces(Threads(), offsets, bags)  # type: ignore[arg-type]
+    assert [bag for first, end in edges for bag in range(first, end)] == list(range(bags))
+    assert all(first < end for first, end in edges)
+    assert len(edges) <= pieces
+
+
+def test_pieces_have_about_the_same_number_of_ids(three: Artifact) -> None:
+    """However unequal the bags are: here the last ones hold nearly all."""
+    lengths = np.concatenate([np.zeros(90_000, np.int64), np.full(3000, 30)])
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate([lengths] * 5))])
+    edges = three._lookups._choose_pieces(three._lookups.team, offsets, lengths.size)  # type: ignore[arg-type]
+    work = [int((lengths[first:end] + 1).sum()) for first, end in edges]
+    assert len(edges) >= 3
+    assert max(work) < 1.05 * min(work)
+
+
+def test_a_large_request_is_looked_up_by_several_threads(three: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+
+    seen = set()
+    together = threading.Barrier(3)
+    call = Lookups._call
+
+    def record(self: Lookups, *arguments: Any) -> torch.Tensor:
+        if threading.get_ident() not in seen:
+            seen.add(threading.get_ident())
+            together.wait(timeout=20)  # all three at once, or it breaks
+        return call(self, *arguments)
+
+    monkeypatch.setattr(Lookups, "_call", record)
+    values, lengths = torch.zeros(400_000, dtype=torch.int64), torch.full((5 * 8000,), 10, dtype=torch.int32)
+    three.lookup(values, lengths)
+    assert len(seen) == 3
+
+
+def test_a_small_request_stays_on_its_thread(three: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(three._lookups.team, "run", None)
+    for bags, length in ((1, 1), (100, 16), (100, 100)):  # the last one has 50,000 ids, of 1 MB of rows
+        values = torch.zeros(5 * bags * length, dtype=torch.int64)
+        three.lookup(values, torch.full((5 * bags,), length, dtype=torch.int32))
+    with pytest.raises(TypeError):  # and it is this that a large one calls
+        three.lookup(torch.zeros(400_000, dtype=torch.int64), torch.full((5 * 8000,), 10, dtype=torch.int32))
+
+
+# --- Graphs that make all checks themselves --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_graph_without_a_method_for_checked_requests_gives_the_same(
+    one: Artifact, three: Artifact, seed: int, tiny_pieces: None
+) -> None:
+    """As of an artifact that an older version built, and of AOTInductor."""
+    checker = RequestChecker(one.manifest, "zero")
+    values, lengths, _ = draw(seed, 12, 9, outside=True)
+    expected = one.with_invalid_ids("zero").lookup(values, lengths)
+    for team in (None, three._lookups.team):
+        plain = Lookups(one.manifest, lambda *inputs: one.graph(*inputs), checker, team)
+        pooled, counts = plain.look_up(values, lengths, None, None)
+        assert torch.equal(pooled, expected)
+        assert sum(counts.values()) > 0
+
+
+def test_a_checked_request_is_not_checked_again_by_the_graph(one: Artifact) -> None:
+    """The graph alone would do the same work a second time."""
+    assert one._lookups._lookup_checked is not None
+
+
+# --- Into a buffer ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "every other row"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_results_go_into_the_callers_buffer(
+    one: Artifact, three: Artifact, threads: int, layout: str, tiny_pieces: None
+) -> None:
+    values, lengths, _ = draw(1, 8, 9)
+    expected = one.lookup(values, lengths)
+    out = {
+        "rows": torch.full((8, WIDTH), float("nan")),
+        "columns": torch.full((WIDTH, 8), float("nan")).t(),
+        "every other row": torch.full((16, WIDTH), float("nan"))[::2],
+    }[layout]
+    artifact = one if threads == 1 else three
+    assert artifact.lookup(values, lengths, out=out) is out
+    assert torch.equal(out, expected)
+    features = {name: [[0]] for name in FEATURES}
+    assert artifact(features, out=out[:1]).values.data_ptr() == out.data_ptr()
+    assert torch.equal(out[:1], one(features).values)
+
+
+@pytest.mark.parametrize(
+    ("out", "text"),
+    [
+        (torch.zeros(2, WIDTH), f"out: expected shape [1, {WIDTH}], got [2, {WIDTH}]"),
+        (torch.zeros(WIDTH), f"out: expected shape [1, {WIDTH}], got [{WIDTH}]"),
+        (
+            torch.zeros(1, WIDTH, dtype=torch.float64),
+            "out: expected a float32 tensor on the CPU, got torch.float64 on cpu",
+        ),
+        (torch.zeros(1, WIDTH, device="meta"), "out: expected a float32 tensor on the CPU, got torch.float32 on meta"),
+        (np.zeros((1, WIDTH), np.float32), "out: expected a float32 tensor on the CPU, got ndarray"),
+        (torch.zeros(1, WIDTH, requires_grad=True), "out: expected a dense tensor without a gradient"),
+        (torch.zeros(1, WIDTH).to_sparse(), "out: expected a dense tensor without a gradient"),
+        (torch.zeros(1, 1).expand(1, WIDTH), "out: expected elements with memory of their own, got strides [1, 0]"),
+    ],
+    ids=["rows", "dimensions", "type", "device", "array", "gradient", "sparse", "expanded"],
+)
+@pytest.mark.parametrize("split", [False, True])
+def test_a_buffer_that_does_not_fit_is_refused(
+    three: Artifact, out: Any, text: str, split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if split:
+        monkeypatch.setattr(lookups, "SPLIT_IDS", 1)
+        monkeypatch.setattr(lookups, "SPLIT_BYTES", 1)
+    request: Sequence[torch.Tensor] = torch.zeros(5, dtype=torch.int64), torch.ones(5, dtype=torch.int32)
+    assert refusal(lambda: three.lookup(*request, out=out)) == text

@@ -1,0 +1,29 @@
+"""Results in other forms."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import FEATURES
+from torchrec.sparse.jagged_tensor import KeyedTensor
+
+from runtime_py import UnsupportedError, load_artifact
+
+
+def test_a_result_becomes_torchrecs_keyed_tensor_over_the_same_memory(built_artifact: Path) -> None:
+    pooled = load_artifact(built_artifact)({name: [[0], []] for name in FEATURES})
+    keyed = pooled.to_keyed_tensor()
+    assert isinstance(keyed, KeyedTensor)
+    assert keyed.keys() == FEATURES
+    assert keyed.values().data_ptr() == pooled.values.data_ptr()
+    assert all(torch.equal(keyed[name], pooled[name]) for name in FEATURES)
+
+
+def test_without_torchrec_a_keyed_tensor_is_refused_with_what_does_without(
+    built_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pooled = load_artifact(built_artifact)({name: [[0]] for name in FEATURES})
+    monkeypatch.setitem(sys.modules, "torchrec.sparse.jagged_tensor", None)
+    with pytest.raises(UnsupportedError, match=r"^a KeyedTensor needs torchrec, .*to_dict\(\) does without"):
+        pooled.to_keyed_tensor()

@@ -1,0 +1,107 @@
+"""The threads that stand ready: every piece is done once, failures arrive, and a fork has threads of its own."""
+
+import gc
+import os
+import threading
+import time
+
+import pytest
+import torch
+
+from runtime_py.team import Team
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("pieces", [0, 1, 3, 100])
+def test_every_piece_is_done_once(threads: int, pieces: int) -> None:
+    done: list[int] = []
+    Team(threads).run(done.append, range(pieces))
+    assert sorted(done) == list(range(pieces))
+
+
+def test_a_failure_of_a_piece_reaches_the_caller_when_all_pieces_have_ended() -> None:
+    team = Team(3)
+    done: list[int] = []
+
+    def work(piece: int) -> None:
+        if piece == 5:
+            raise KeyError(piece)
+        time.sleep(0.01)
+        done.append(piece)
+
+    with pytest.raises(KeyError, match="5"):
+        team.run(work, range(12))
+    assert len(done) == 11
+    team.run(done.append, range(12, 20))  # and the team goes on
+    assert len(done) == 19
+
+
+def test_many_callers_share_one_team() -> None:
+    team = Team(3)
+    sums = [0] * 8
+
+    def call(caller: int) -> None:
+        for _ in range(100):
+            done: list[int] = []
+            team.run(done.append, range(10))
+            sums[caller] += sum(done)
+
+    callers = [threading.Thread(target=call, args=(caller,)) for caller in range(8)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert sums == [4500] * 8
+
+
+def test_operators_in_a_piece_have_one_thread_and_others_keep_theirs() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        team = Team(2)
+        counts: dict[str, int] = {}
+        both = threading.Barrier(2)
+
+        def work(_: int) -> None:
+            both.wait(timeout=20)
+            counts[threading.current_thread().name] = torch.get_num_threads()
+
+        team.run(work, range(2))
+        later = threading.Thread(target=lambda: counts.setdefault("later", torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert counts == {"embedding lookups 0": 1, threading.current_thread().name: 2, "later": 2}
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_fork_starts_threads_of_its_own() -> None:
+    team = Team(2)
+    both = threading.Barrier(2)
+    team.run(lambda _: both.wait(timeout=20) and None, range(2))
+    child = os.fork()
+    if child == 0:
+        together = threading.Barrier(2)
+        try:
+            team.run(lambda _: together.wait(timeout=20) and None, range(2))  # needs two threads at once
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_threads_end_with_their_team() -> None:
+    def helpers() -> int:
+        return sum(thread.name.startswith("embedding lookups") for thread in threading.enumerate())
+
+    gc.collect()
+    time.sleep(0.1)
+    before = helpers()
+    team = Team(4)
+    assert helpers() == before + 3
+    del team
+    deadline = time.monotonic() + 10
+    while helpers() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert helpers() <= before
