@@ -22,7 +22,7 @@ __all__ = ["Lookups"]
 # A request is split where both are reached: below, handing over costs more than a second core gains.
 SPLIT_IDS = 8192
 SPLIT_BYTES = 4 * 2**20  # of rows
-_PIECE_IDS = 32768  # where there is more than one piece for a thread; a busy core holds others up for one piece
+_PIECE_IDS = 65536  # where there is more than one piece for a thread; a busy core holds others up for one piece
 _SCRATCH_IDS = 2**20  # at most, 8 MiB a thread
 _INT64 = np.dtype(np.int64)
 Graph = Callable[..., torch.Tensor]

@@ -3,7 +3,7 @@
 
 Every round runs each contender four times, one after the other, so that all see the same machine, and keeps the last
 three; the figures are medians, and all outputs are compared. Where the kernel let a thread of ours wait for a core for
-more than 2 % of that time, these runs are left out, and counted: on a busy machine they would measure the others. `bare
+more than 2 % of that time, the round is left out, and counted: on a busy machine it would measure the others. `bare
 operator` is FBGEMM's lookup called from Python with its offsets given, `bare TorchScript` the artifact's graph with the
 checks that it makes itself. torchrec's quantized module is traced by torchrec.fx and scripted, over the same rows,
 without any check; it takes tensors and gives one.
@@ -125,7 +125,13 @@ class Waiting:
 
     def read_ns(self) -> int:
         """Of the threads that were there at the start, all together; a system call for each, so that caches stay warm."""
-        return sum(int(os.pread(file, 64, 0).split()[1]) for file in self._files)
+        return sum(self._read(file) for file in self._files)
+
+    def _read(self, file: int) -> int:
+        try:
+            return int(os.pread(file, 64, 0).split()[1])
+        except ProcessLookupError:  # the thread has ended
+            return 0
 
     def close(self) -> None:
         """Closes what it reads."""
@@ -134,34 +140,38 @@ class Waiting:
 
 
 def measure(runs: dict[str, Run], seconds: float) -> dict[str, float]:
-    """Median microseconds of each, of the runs that had their cores; prints how many there were."""
+    """Median microseconds of each, of the rounds in which all had their cores; prints how many there were."""
     outputs = {name: run() for name, run in runs.items() for _ in range(WARM_UP)}
     first = next(iter(outputs.values()))
     for name, output in outputs.items():
         if not torch.equal(output, first):
             raise SystemExit(f"'{name}' gives another result")
     del outputs
-    times: dict[str, list[int]] = {name: [] for name in runs}
-    everything: dict[str, list[int]] = {name: [] for name in runs}
     waiting = Waiting()
+    kept: list[dict[str, list[int]]] = []
+    rounds: list[dict[str, list[int]]] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
+        times: dict[str, list[int]] = {name: [] for name in runs}
+        fine = True
         for name, run in runs.items():
-            waited, taken = waiting.read_ns(), []
-            for _ in range(4):
+            run()
+            waited = waiting.read_ns()
+            for _ in range(3):
                 start = time.perf_counter_ns()
                 run()
-                taken.append(time.perf_counter_ns() - start)
-            everything[name] += taken[1:]
-            if waiting.read_ns() - waited <= 0.02 * sum(taken) + 2000:
-                times[name] += taken[1:]
+                times[name].append(time.perf_counter_ns() - start)
+            fine &= waiting.read_ns() - waited <= 0.02 * sum(times[name]) + 2000
+        rounds.append(times)
+        if fine:
+            kept.append(times)
     waiting.close()
+    few = len(kept) < 5
+    print(f"  {len(kept)} of {len(rounds)} rounds had their cores" + ("; too few: of all rounds" if few else ""))
     medians = {}
     for name in runs:
-        kept = times[name] if len(times[name]) >= 10 else everything[name]
-        medians[name] = statistics.median(kept) / 1000
-        note = "" if kept is times[name] else "; too few had their cores: of all runs"
-        print(f"  {name:34}{medians[name]:12.1f} us   ({len(times[name])} of {len(everything[name])} runs{note})")
+        medians[name] = statistics.median(took for times in (rounds if few else kept) for took in times[name]) / 1000
+        print(f"  {name:34}{medians[name]:12.1f} us")
     return medians
 
 
@@ -204,7 +214,7 @@ def compare_threads(path: Path, seconds: float) -> None:
     operator = bare_operator(one)
     count = len(one.manifest.features)
     pool = ThreadPoolExecutor(1)
-    for ids, length in ((10_000, 20), (50_000, 20), (200_000, 20), (1_000_000, 20), (200_000, 2)):
+    for ids, length in ((10_000, 20), (100_000, 20), (500_000, 20), (1_000_000, 20)):
         bags = ids // (length * count) // 2 * 2
         values, lengths, offsets = draw(one, bags, length)
         halves = values.view(count, 2, -1).transpose(0, 1).reshape(2, -1).contiguous()
@@ -212,23 +222,24 @@ def compare_threads(path: Path, seconds: float) -> None:
 
         def bound(halves: torch.Tensor = halves, half_offsets: torch.Tensor = half_offsets) -> torch.Tensor:
             other = pool.submit(operator, halves[1], half_offsets)
-            operator(halves[0], half_offsets)
-            return other.result()
+            return torch.cat([operator(halves[0], half_offsets), other.result()])
 
         print(f"\n{count} table(s), {bags} bags of {length} ids each: {values.numel()} ids")
         result = torch.empty(bags, DIM * count)
-        runs: dict[str, Run] = {
-            "threads=1": lambda v=values, n=lengths: one.lookup(v, n),  # type: ignore[misc]
-            "threads=2": lambda v=values, n=lengths: two.lookup(v, n),  # type: ignore[misc]
-            "threads=2, into out": lambda v=values, n=lengths, r=result: two.lookup(v, n, out=r),  # type: ignore[misc]
-        }
-        medians = measure(runs, seconds)
-        print("  halves, nothing checked or put together:")
-        medians |= measure({"bare operator": lambda v=values, o=offsets: operator(v, o)}, seconds / 3)  # type: ignore[misc]
-        medians |= measure({"two bare operators": bound}, seconds / 3)
-        possible = medians["bare operator"] / medians["two bare operators"]
+        medians = measure(
+            {
+                "threads=1": lambda v=values, n=lengths: one.lookup(v, n),  # type: ignore[misc]
+                "threads=2": lambda v=values, n=lengths: two.lookup(v, n),  # type: ignore[misc]
+                "threads=1, into out": lambda v=values, n=lengths, r=result: one.lookup(v, n, out=r),  # type: ignore[misc]
+                "threads=2, into out": lambda v=values, n=lengths, r=result: two.lookup(v, n, out=r),  # type: ignore[misc]
+                "bare operator": lambda v=values, o=offsets: operator(v, o),  # type: ignore[misc]
+                "two bare operators, halves": bound,
+            },
+            seconds,
+        )
+        possible = medians["bare operator"] / medians["two bare operators, halves"]
         verdict("threads=1 / threads=2", medians["threads=1"] / medians["threads=2"], 1.7, least=True)
-        print(f"     the machine gave two bare operators {possible:.2f}")
+        print(f"     two bare operators gained {possible:.2f}, nothing checked")
 
 
 def memory_kib(field: str) -> int:
