@@ -1,8 +1,9 @@
 """The golden cases: requests, and what the artifact answered when it was built, for any loader to replay.
 
-One safetensors file with `<case>/values`, `<case>/lengths`, `<case>/per_sample_weights` (where the artifact is weighted)
-and `<case>/pooled`: the adversarial batches of the parity gate and its first random one. Cases run in the order of their
-names. They hold ids outside of their tables, so that a loader must be told to let these contribute zero.
+One safetensors file with `<case>/values`, `<case>/lengths`, `<case>/per_sample_weights` (where the artifact is weighted),
+`<case>/pooled` and, where the artifact has a surgery, `<case>/tolerance`: the adversarial batches of the parity gate and
+its first random one. Cases run in the order of their names. They hold ids outside of their tables, so that a loader must
+be told to let these contribute zero.
 """
 
 from collections.abc import Mapping
@@ -26,10 +27,22 @@ GOLDEN = "golden/cases.safetensors"
 
 @dataclass(frozen=True)
 class GoldenCase:
-    """A request in the raw signature, and the answer, float32 [B, sum(D)]."""
+    """A request in the raw signature, and the answer, float32 [B, sum(D)].
+
+    `tolerance` [B, sum(D)] is how far from it another right answer may be; None where every bit is the same.
+    """
 
     request: Request
     pooled: torch.Tensor
+    tolerance: torch.Tensor | None = None
+
+    def differs(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Where an answer of the same shape is not right, bool."""
+        different = pooled.view(torch.int32) != self.pooled.view(torch.int32)
+        if self.tolerance is None:
+            return different
+        # Not `>`: a value that is no number is within nothing.
+        return different & ~((pooled.double() - self.pooled.double()).abs() <= self.tolerance.double())
 
 
 def write_cases(path: Path, cases: Mapping[str, GoldenCase]) -> None:
@@ -37,7 +50,11 @@ def write_cases(path: Path, cases: Mapping[str, GoldenCase]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, case in cases.items():
-        for part, tensor in [*case.request._asdict().items(), ("pooled", case.pooled)]:
+        for part, tensor in [
+            *case.request._asdict().items(),
+            ("pooled", case.pooled),
+            ("tolerance", case.tolerance),
+        ]:
             if tensor is not None:
                 tensors[f"{name}/{part}"] = tensor.contiguous()
     save_file(tensors, path)
@@ -59,6 +76,7 @@ def read_cases(artifact: Path) -> dict[str, GoldenCase]:
                     tensors[f"{name}/values"], tensors[f"{name}/lengths"], tensors.get(f"{name}/per_sample_weights")
                 ),
                 tensors[f"{name}/pooled"],
+                tensors.get(f"{name}/tolerance"),
             )
             for name in names
         }
@@ -73,7 +91,8 @@ def replay_cases(artifact: Path, manifest: Manifest) -> int:
 
     Raises:
         ArtifactError: the cases cannot be read, or the artifact cannot be loaded here.
-        GateError: naming the first case, output, bag and column whose answer is not the same, bit for bit.
+        GateError: naming the first case, output, bag and column whose answer is not the same, bit for bit or, after a
+            surgery, within the case's tolerance.
     """
     loaded = load_artifact(artifact, verify="sizes", invalid_ids="zero")
     cases = read_cases(artifact)
@@ -83,7 +102,7 @@ def replay_cases(artifact: Path, manifest: Manifest) -> int:
             raise GateError(
                 f"{artifact}: golden case '{name}': shape {list(pooled.shape)}, expected {list(case.pooled.shape)}"
             )
-        different = (pooled.view(torch.int32) != case.pooled.view(torch.int32)).nonzero()
+        different = case.differs(pooled).nonzero()
         if len(different):
             bag, column = different[0].tolist()
             raise GateError(

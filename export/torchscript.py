@@ -22,7 +22,9 @@ def write_torchscript(lookup: Lookup | WeightedLookup, path: Path) -> None:
     """Scripts `lookup` and writes it; a few KB whatever the tables."""
     load_operators(OPERATOR_LIBRARIES)
     scripted, result = io.BytesIO(), io.BytesIO()
-    torch.jit.save(torch.jit.script(lookup), scripted)
+    module = torch.jit.script(lookup)
+    _empty_parameters(module)
+    torch.jit.save(module, scripted)
     scripted.seek(0)
     reader = torch._C.PyTorchFileReader(scripted)
     writer = torch._C.PyTorchFileWriter(result)  # in memory: it aborts the process when the disk is full
@@ -32,3 +34,16 @@ def write_torchscript(lookup: Lookup | WeightedLookup, path: Path) -> None:
             writer.write_record(name, data, len(data))
     writer.write_end_of_file()
     write_file(path, result.getvalue())
+
+
+def _empty_parameters(module: torch.jit.ScriptModule) -> None:
+    """Replaces what a surgery has learnt by placeholders, whose values the weight file holds."""
+    surgery = getattr(module, "surgery", None)
+    for owner in surgery.modules() if surgery is not None else ():
+        for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
+            setattr(owner, name, placeholder(tensor))
+
+
+def placeholder(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same shape and type whose file form has one value."""
+    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)

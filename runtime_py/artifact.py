@@ -59,12 +59,14 @@ class Artifact:
     def __init__(
         self,
         manifest: Manifest,
+        backend: str,
         graph: Callable[..., torch.Tensor],
         invalid_ids: InvalidIds,
         vocabularies: Mapping[str, Vocabulary],
         mapping: mmap.mmap,
     ) -> None:
         self.manifest = manifest
+        self.backend = backend
         self._mapping = mapping  # of the rows; never closed, as tensors and graph have its address
         self.vocabularies = MappingProxyType(dict(vocabularies))
         self._graph = graph
@@ -109,6 +111,22 @@ class Artifact:
         request = self._reader.check(Request(values, lengths, per_sample_weights), ids=self._check_ids)
         return self._run(request)
 
+    def pool(
+        self, values: torch.Tensor, lengths: torch.Tensor, per_sample_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As `lookup`, but before a surgery: float32 [B, sum of the tables' D], the features in the manifest's order.
+
+        Raises:
+            InvalidInputError: as `lookup`.
+            UnsupportedError: the backend is not TorchScript; a compiled graph has one answer only.
+        """
+        if not isinstance(self._graph, torch.jit.ScriptModule):
+            raise UnsupportedError(f"a graph of {self.backend} does not show what it pools; use torchscript")
+        pooled: torch.Tensor = self._graph.pool(
+            *self._reader.check(Request(values, lengths, per_sample_weights), ids=self._check_ids)
+        )
+        return pooled
+
     def _run(self, request: Request) -> torch.Tensor:
         values, lengths, weights = request
         pooled: torch.Tensor = (
@@ -119,7 +137,7 @@ class Artifact:
     def with_invalid_ids(self, invalid_ids: InvalidIds) -> "Artifact":
         """The same artifact over the same mapping and graph, that treats ids outside their table in this way."""
         _check_invalid_ids(invalid_ids)
-        return Artifact(self.manifest, self._graph, invalid_ids, self.vocabularies, self._mapping)
+        return Artifact(self.manifest, self.backend, self._graph, invalid_ids, self.vocabularies, self._mapping)
 
     def release_pages(self) -> None:
         """Takes the rows that were looked up out of this process's resident memory; they stay in the page cache."""
@@ -183,7 +201,7 @@ def load_artifact(
             run = load_aot_inductor(manifest, graph, Path(path), weights)
         vocabularies = {table: Vocabulary(file) for table, file in verified.vocabularies.items()}
         mapping = verified.weights.mapping
-    artifact = Artifact(manifest, run, invalid_ids, vocabularies, mapping)
+    artifact = Artifact(manifest, graph.backend, run, invalid_ids, vocabularies, mapping)
     artifact.warm_up(graph.path)
     return artifact
 
