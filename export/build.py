@@ -290,12 +290,13 @@ def _write_graphs(
 
 
 def _write_onnx(weights: WrittenWeights, features: list[Feature], surgery: OpenedSurgery | None, path: Path) -> None:
-    graph = None
-    if surgery is not None:
-        from export.onnx_surgery import export_onnx, place_parameters  # onnx only where there is such a graph
+    if surgery is None:
+        write_onnx(weights.tables, features, weights.offset_bytes, path)
+        return
+    from export.onnx_surgery import export_onnx, place_parameters  # onnx only where there is such a graph
 
-        graph = export_onnx(surgery)
-        place_parameters(graph, weights.parameters, weights.offset_bytes)
+    graph = export_onnx(surgery)
+    place_parameters(graph, weights.parameters, weights.offset_bytes)
     write_onnx(weights.tables, features, weights.offset_bytes, path, graph)
 
 

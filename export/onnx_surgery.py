@@ -16,6 +16,7 @@ from torch.jit._trace import TracerWarning
 
 from export.errors import SurgeryError
 from export.onnx_graph import EMBEDDINGS, OPSET, point_into_weights
+from export.surgery_errors import quiet, reason
 from runtime_py.manifest import StoredParameter
 
 if TYPE_CHECKING:
@@ -60,9 +61,8 @@ def _trace(surgery: "OpenedSurgery") -> "onnx.ModelProto":
     splice, file = surgery.splice, io.BytesIO()
     example = torch.linspace(-1, 1, _EXAMPLES * sum(splice.feature_dims)).view(_EXAMPLES, -1)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, about itself
-            warnings.simplefilter("error", TracerWarning)
+        with quiet(), warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
             torch.onnx.export(
                 splice,
                 (example,),
@@ -76,8 +76,11 @@ def _trace(surgery: "OpenedSurgery") -> "onnx.ModelProto":
             )
         model: onnx.ModelProto = onnx.load_model_from_string(file.getvalue())
     except Exception as error:  # torch raises nearly anything here
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise SurgeryError(f"onnx cannot express it: {type(error).__name__}: {' '.join(lines[:1])}") from error
+        raise SurgeryError(f"onnx cannot express it: {reason(error)}") from error
+    for warning in warned:
+        if issubclass(warning.category, TracerWarning):
+            said = str(warning.message).partition(". ")[0]
+            raise SurgeryError(f"onnx would hold it only for the batch that it was traced with: {said}")
     shape: Any = model.graph.output[0].type.tensor_type.shape
     shape.dim[1].dim_value = sum(output.dim for output in surgery.outputs)
     return model

@@ -5,15 +5,16 @@ the class. What the graphs get is a `Splice`: the pooled embeddings of all featu
 side by side out. Its tensors go into the weight file; the graphs hold placeholders.
 """
 
+import copy
 import difflib
 import hashlib
 import importlib
 import inspect
 import json
 import re
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +24,14 @@ from torch.export import Dim
 from export.config import GraphKind, LargeEmbeddingsConfig, SurgeryConfig
 from export.errors import SnapshotError, SurgeryError
 from export.snapshots import Snapshot
+from export.surgery_errors import quiet, reason
 from export.weight_file import PlannedParameter
 from runtime_py.digests import SHA256, Digest
 from runtime_py.manifest import Output, StoredParameter, Surgery
+from runtime_py.tensor_file import ALIGNMENT_BYTES
 from runtime_py.weights import TORCH_TYPES
 
-__all__ = ["DictSplice", "OpenedSurgery", "Splice", "TensorSplice", "express", "open_surgery", "reason"]
+__all__ = ["DictSplice", "OpenedSurgery", "Splice", "TensorSplice", "express", "open_surgery"]
 
 OUTPUT = "output"  # the key of what a module returns as a bare tensor
 _BATCHES = (3, 1, 0)  # examples in the batches that a module is tried out on
@@ -95,10 +98,17 @@ class OpenedSurgery:
 
     def describe(self, stored: list[StoredParameter]) -> Surgery:
         """The surgery as the manifest has it, with its parameters as the weight file has them."""
-        kwargs = json.dumps(
-            self.config.kwargs, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-        )
+        kwargs = json.dumps(self.config.kwargs, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return Surgery(self.config.module, kwargs, _digest_code(self.splice), stored)
+
+    def place_like(self, stored: Sequence[StoredParameter]) -> None:
+        """Moves every tensor to an address as aligned as the mapped one: matrix products are added up by alignment."""
+        tensors = _tensors(self.splice.module)
+        for parameter in stored:
+            tensor, start = tensors[parameter.parameter], parameter.offset_bytes % ALIGNMENT_BYTES
+            data = torch.empty(ALIGNMENT_BYTES + start + parameter.bytes, dtype=torch.uint8)
+            start += -data.data_ptr() % ALIGNMENT_BYTES
+            tensor.data = data[start : start + parameter.bytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
     def __call__(self, pooled: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The module in eager mode: float32 [B, D] by feature to float32 [B, W], the outputs side by side."""
@@ -106,12 +116,6 @@ class OpenedSurgery:
             given = self.splice.module({name: tensor.clone() for name, tensor in pooled.items()})
             outputs = {OUTPUT: given} if isinstance(given, torch.Tensor) else given
             return torch.cat([outputs[output.key] for output in self.outputs], dim=1)
-
-
-def reason(error: BaseException) -> str:
-    """The kind of an error and the first line that it says something in."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def open_surgery(config: SurgeryConfig, tables: LargeEmbeddingsConfig, snapshot: Snapshot) -> OpenedSurgery:
@@ -123,7 +127,7 @@ def open_surgery(config: SurgeryConfig, tables: LargeEmbeddingsConfig, snapshot:
     with _named(config):
         module = _construct(config)
         _fill(module, config, snapshot)
-        tensors = _tensors(module)
+        tensors = _check_tensors(module)
         features = {feature: table.embedding_dim for table in tables.tables for feature in table.features}
         kind, outputs = _try_out(module, features, tensors)
         splice = kind(module, features, [output.key for output in outputs])
@@ -131,10 +135,11 @@ def open_surgery(config: SurgeryConfig, tables: LargeEmbeddingsConfig, snapshot:
 
 
 @contextmanager
-def _named(config: SurgeryConfig) -> Any:
-    """Every error names the class."""
+def _named(config: SurgeryConfig) -> Iterator[None]:
+    """Every error names the class; what the module prints goes to stderr, as stdout is the build's result."""
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     except SurgeryError as error:
         raise SurgeryError(f"surgery '{config.module}': {error}") from error.__cause__
 
@@ -147,7 +152,7 @@ def _construct(config: SurgeryConfig) -> torch.nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what it draws is the same in every process and build
         try:
-            module: torch.nn.Module = kind(**config.kwargs)
+            module: torch.nn.Module = kind(**copy.deepcopy(config.kwargs))
         except Exception as error:  # somebody else's code
             given = json.dumps(config.kwargs, ensure_ascii=False)
             raise SurgeryError(f"its constructor refuses kwargs {given}: {reason(error)}") from error
@@ -194,7 +199,15 @@ def _fill(module: torch.nn.Module, config: SurgeryConfig, snapshot: Snapshot) ->
 
 
 def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters and buffers by name.
+    """All parameters and buffers by name."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _check_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """As `_tensors`, where all of them can be stored.
 
     Raises:
         SurgeryError: one is of a kind that cannot be stored, or not finite; or a tensor is neither of both.
@@ -207,14 +220,12 @@ def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
                     f"'{path}' is a tensor, and neither a parameter nor a buffer; "
                     f"use register_buffer('{name}', ..., persistent=False) for what the snapshot does not have"
                 )
-    tensors: dict[str, torch.Tensor] = {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
+    tensors = _tensors(module)
     for name, tensor in tensors.items():
         _check_storable(name, tensor)
         if not bool(torch.isfinite(tensor).all()):
             raise SurgeryError(f"'{name}' has values that are not finite")
+        tensor.data = tensor.data.contiguous()  # as it will be in the file: compiled code takes strides for granted
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
@@ -243,7 +254,9 @@ def _try_out(
     versions = {name: tensor._version for name, tensor in tensors.items()}
     found: list[tuple[bool, list[Output]]] = []
     for batch in _BATCHES:
-        pooled = {name: torch.randn(batch, dim, generator=generator) for name, dim in features.items()}
+        pooled = {
+            name: torch.randn(batch, dim, generator=generator, dtype=torch.float32) for name, dim in features.items()
+        }
         first, again = (_call(module, pooled, batch) for _ in range(2))
         for name, tensor in tensors.items():
             if tensor._version != versions[name]:
@@ -256,8 +269,8 @@ def _try_out(
                 raise SurgeryError(f"gives another '{key}' when it is called again with the same embeddings")
         if found[-1] != found[0]:
             raise SurgeryError(
-                f"gives other outputs for {batch} examples than for {_BATCHES[0]}: "
-                f"{_spell(found[-1][1])} and {_spell(found[0][1])}"
+                f"gives other outputs for a batch of {batch} than for one of {_BATCHES[0]}: "
+                f"{_spell(found[-1][1])}, and {_spell(found[0][1])}"
             )
     bare, outputs = found[0]
     return TensorSplice if bare else DictSplice, outputs
@@ -317,8 +330,7 @@ def express(surgery: OpenedSurgery, graphs: Sequence[GraphKind]) -> None:
 
 def _script(splice: Splice) -> torch.jit.ScriptModule:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, about itself
+        with quiet():
             scripted: torch.jit.ScriptModule = torch.jit.script(splice)
             return scripted
     except Exception as error:  # torch raises nearly anything here
@@ -332,8 +344,7 @@ def _check_exportable(surgery: OpenedSurgery) -> None:
     example = torch.zeros(_BATCHES[0], sum(splice.feature_dims))
     shapes = {"pooled": {0: Dim("bags", min=1, max=2**20)}}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             exported = torch.export.export(splice, (example,), dynamic_shapes=shapes)
     except Exception as error:  # torch raises nearly anything here
         raise SurgeryError(f"aot_inductor: torch.export cannot express it: {reason(error)}") from error
