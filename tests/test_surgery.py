@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,10 +30,11 @@ from support import (
 from torch.distributed import checkpoint
 
 from export import build_artifact
+from export.accuracy import ProbeRows
 from export.config import Precision, SurgeryConfig, load_config
 from export.errors import GateError, SurgeryError
 from export.golden import read_cases, replay_cases
-from export.parity import check_parity
+from export.parity import check_parity, probe_ids
 from export.plan import Clock, plan_release, preview_release
 from export.progress import NoProgress
 from export.ranks import joined_ranks
@@ -513,6 +516,37 @@ def test_golden_cases_fail_beyond_their_tolerance(projected: Path, tmp_path: Pat
     assert replay_cases(projected, read_manifest(projected)) == 7
 
 
+def test_every_process_writes_the_same_graph(tmp_path: Path) -> None:
+    """Python's sets of texts, by which torch orders what it writes, have another order in each."""
+    program = (
+        "import hashlib, pathlib, sys\n"
+        "from runtime_py.manifest import Digest, Feature, Table\n"
+        "from export.lookup import make_lookup\n"
+        "from export.splice import TensorSplice, _digest_code\n"
+        "from export.torchscript import write_torchscript\n"
+        "from support import make_head\n"
+        "splice = TensorSplice(make_head().requires_grad_(False), {'a': 39}, ['output'])\n"
+        "table = Table('a', 5, 39, 'fp32', 156, 0, Digest('', ''))\n"
+        "write_torchscript(make_lookup([table], [Feature('a', 'a', 'sum', False)], splice), pathlib.Path(sys.argv[1]))\n"
+        "print(_digest_code(splice).value)\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    said = set()
+    for seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, tmp_path / seed],
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        said.add(done.stdout)
+    assert len(said) == 1
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+    assert (tmp_path / "1").stat().st_size < 30_000
+
+
 # --- The gate --------------------------------------------------------------------------------------------------------
 
 
@@ -524,9 +558,6 @@ def test_the_gate_fails_where_the_graph_holds_another_parameter(tmp_path: Path) 
         plan = plan_release(config, ranks, 1, 1, Clock(NoProgress()))
     assert plan.surgery is not None
     plan.surgery.splice.module.project.weight[3, 2] *= 1.001
-    from export.accuracy import ProbeRows
-    from export.parity import probe_ids
-
     rows, ids = make_rows(TABLES), probe_ids(config.large_embeddings, plan.cases)
     types = {Precision.FP32: torch.float32, Precision.FP16: torch.float16}
     probes = {
@@ -645,9 +676,6 @@ def test_all_three_graphs_answer_alike(surgery_artifact: Path, bags: int) -> Non
 @pytest.mark.slow
 @needs_compiler
 def test_the_loader_needs_no_class_of_the_user(surgery_artifact: Path, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     program = (
         "import sys, runtime_py\n"
         "for backend in ('torchscript', 'aot_inductor'):\n"
