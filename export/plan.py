@@ -24,7 +24,8 @@ from export.progress import Progress
 from export.quantize import row_format
 from export.ranks import Ranks
 from export.snapshots import Snapshot, TableRows, open_snapshot
-from export.splice import OpenedSurgery, express, open_surgery
+from export.splice import OpenedSurgery, express
+from export.surgery_source import open_surgery
 from export.weight_file import PlannedTable, WeightPlan
 from runtime_py.manifest import PrecisionChoice, SnapshotIdentity
 from runtime_py.parallel import map_ordered

@@ -65,12 +65,11 @@ def _check_layout(path: Path, manifest: Manifest) -> None:
             f"{path}: the manifest says that data starts at {manifest.weights_offset_bytes}, "
             f"its tables say {header_bytes}"
         )
-    offsets = layout_tables(tensors)
-    for tensor in tensors:
-        if tensor.offset_bytes != offsets[tensor.name]:
+    said = {tensor.name: tensor.offset_bytes for tensor in tensors}
+    for name, offset in layout_tables(tensors).items():
+        if said[name] != offset:
             raise WeightFileError(
-                f"{path}: table '{tensor.name}': the manifest says offset {tensor.offset_bytes}, "
-                f"the layout rule gives {offsets[tensor.name]}"
+                f"{path}: table '{name}': the manifest says offset {said[name]}, the layout rule gives {offset}"
             )
     data_bytes = sum(tensor.bytes for tensor in tensors)
     if manifest.weights_bytes != data_bytes:

@@ -152,6 +152,12 @@ class Branching(nn.Module):
         return -pooled["user"]
 
 
+class Printing(nn.Module):
+    def forward(self, pooled: Pooled) -> torch.Tensor:
+        print("called")
+        return pooled["user"]
+
+
 class MakingConstants(nn.Module):
     """Makes a tensor of Python numbers whenever it is called."""
 

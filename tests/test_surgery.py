@@ -352,6 +352,7 @@ def returns(what: str) -> dict[str, Any]:
         (returns("random"), "gives another 'output' when it is called again with the same embeddings"),
         (returns("counting"), "gives another 'output' when it is called again with the same embeddings"),
         ({"module": "surgeries:Untyped"}, "torchscript cannot express it: "),
+        ({"module": "surgeries:Printing"}, "torchscript: it prints when it is called, and would to a server's stdout"),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )  # fmt: skip
