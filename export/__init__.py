@@ -9,11 +9,12 @@ Modules: `cli` (the command line), `build` (the main path), `config` (the releas
 build is going to do), `access` (which rows are looked up), `choose` (precisions that are left to the builder),
 `quantize` and `weight_file` (rows), `rows`, `journal` and `ranks` (the rows phase: resumed, and shared by several
 processes), `parquet_columns` (the only reader of parquet), `entities` and `vocabulary` (entity id to row), `lookup`
-(the plain-op module), `torchscript`, `aot_inductor` and `onnx_graph` (its graphs), `accuracy`, `row_kernels`, `parity` and
-`onnx_parity` (the gates), `golden` (answers to replay), `table_report` and `report` (what people read, with
-`report_data`, `findings`, `numerals`, `charts`, `page`, `summary` and `evaluation`), `publish`, `versions`
-(a root of published versions), `progress`, `heap`, `errors`, `triton` (a server's model repository) and `doctor`
-(would it run here).
+(the plain-op module), `torchscript`, `aot_inductor` and `onnx_graph` (its graphs), `surgery` (modules to apply to what is
+pooled), `surgery_source`, `splice`, `onnx_surgery` and `surgery_errors` (any such module, inside the graphs),
+`accuracy`, `row_kernels`, `parity`, `onnx_parity` and `surgery_parity` (the gates), `golden` (answers to replay),
+`table_report` and `report` (what people read, with `report_data`, `findings`, `numerals`, `charts`, `page`, `summary` and
+`evaluation`), `publish`, `versions` (a root of published versions), `progress`, `heap`, `errors`, `triton` (a server's
+model repository) and `doctor` (would it run here).
 """
 
 import importlib

@@ -71,9 +71,13 @@ def write_aot_inductor(lookup: Lookup | WeightedLookup, isa: str, folder: Path) 
                     "cpp.simdlen": _VECTOR_BITS[isa],
                 },
             )
-        except RuntimeError as error:
+        except OSError:
+            raise
+        except Exception as error:  # torch raises nearly anything here
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ExportError(f"aot_inductor: torch cannot compile the lookup: {reason}") from error
+            surgery = getattr(lookup, "surgery", None)
+            what = "the lookup" if surgery is None else f"the lookup with its surgery {type(surgery.module).__name__}"
+            raise ExportError(f"aot_inductor: torch cannot compile {what}: {reason}") from error
         _unpack(package, folder)
 
 

@@ -29,6 +29,7 @@ from export.ranks import joined_ranks
 from export.report import render_html, render_markdown
 from export.report_data import BuildFigures, ReportData, peak_memory_bytes
 from export.rows import help_with_rows, prepare_rows, write_rows
+from export.splice import OpenedSurgery
 from export.storage import drop_copies, redact
 from export.table_report import TableReport, report_tables
 from export.torchscript import write_torchscript
@@ -228,13 +229,20 @@ def _write_graphs(
         Feature(slot.feature, slot.table.name, slot.table.pooling.value, slot.table.weighted)
         for slot in make_slots(config.large_embeddings)
     ]
-    lookup = make_lookup(weights.tables, features)
+    surgery = plan.surgery
+    lookup = make_lookup(
+        weights.tables,
+        features,
+        surgery.splice if surgery else None,
+        sum(parameter.bytes for parameter in weights.parameters),
+    )
     write_torchscript(lookup, staging / _TORCHSCRIPT)
     if GraphKind.AOT_INDUCTOR in config.serving.graphs:
         write_aot_inductor(lookup, config.serving.isa, staging / _AOT_INDUCTOR)
     if GraphKind.ONNX in config.serving.graphs:
-        write_onnx(weights.tables, features, weights.offset_bytes, staging / _ONNX)
+        _write_onnx(weights, features, surgery, staging / _ONNX)
     dims = {table.name: table.embedding_dim for table in weights.tables}
+    outputs = [Output(feature.name, dims[feature.table]) for feature in features]
     tools = _tool_versions()
     fbgemm = tools.get("fbgemm-gpu-cpu") or tools["fbgemm-gpu"]
     all_graphs = [
@@ -256,7 +264,8 @@ def _write_graphs(
         artifact_id="",
         tables=weights.tables,
         features=features,
-        outputs=[Output(feature.name, dims[feature.table]) for feature in features],
+        outputs=surgery.outputs if surgery else outputs,
+        surgery=surgery.describe(weights.parameters) if surgery else None,
         weighted=config.large_embeddings.weighted,
         weights_offset_bytes=weights.offset_bytes,
         weights_bytes=weights.data_bytes,
@@ -282,6 +291,17 @@ def _write_graphs(
     return replace(manifest, artifact_id=compute_artifact_id(manifest))
 
 
+def _write_onnx(weights: WrittenWeights, features: list[Feature], surgery: OpenedSurgery | None, path: Path) -> None:
+    if surgery is None:
+        write_onnx(weights.tables, features, weights.offset_bytes, path)
+        return
+    from export.onnx_surgery import export_onnx, place_parameters  # onnx only where there is such a graph
+
+    graph = export_onnx(surgery)
+    place_parameters(graph, weights.parameters, weights.offset_bytes)
+    write_onnx(weights.tables, features, weights.offset_bytes, path, graph)
+
+
 def _verify_staged(plan: ReleasePlan, weights: WrittenWeights, staging: Path, workers: int) -> None:
     """Compares the staged files with what was written into them: rows by checksum, all else by its digest."""
     compare_written(staging / WEIGHTS, plan.weights, weights, workers)
@@ -303,7 +323,7 @@ def _check(
         raise GateError("\n".join(problems))
     config = plan.config
     summary, cases, golden = check_parity(
-        staging, config.large_embeddings, plan.precisions, plan.cases, weights.probes, config.parity.seed
+        staging, config.large_embeddings, plan.precisions, plan.cases, weights.probes, config.parity.seed, plan.surgery
     )
     write_cases(staging / GOLDEN, golden)
     return replace(manifest, parity=summary, files=[*manifest.files, _describe_file(staging, GOLDEN)]), cases

@@ -116,7 +116,7 @@ def verify(
         bool, typer.Option("--sizes", help="Compare only the size of the rows, not their digests.")
     ] = False,
     replay: Annotated[
-        bool, typer.Option("--replay", help="Also run the golden cases, and compare the answers bit for bit.")
+        bool, typer.Option("--replay", help="Also run the golden cases, and compare the answers.")
     ] = False,
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
@@ -141,7 +141,8 @@ def verify(
         return
     what = "sizes, and every digest but the rows'" if sizes else "every digest"
     files = f"{len(manifest.files) + 1} files, {decimal(total)}"
-    answers = f", {replayed} golden cases bit for bit" if replay else ""
+    how = "within their tolerance" if manifest.surgery else "bit for bit"
+    answers = f", {replayed} golden cases {how}" if replay else ""
     _write(f"{artifact}: intact: {files}, {what}{answers}, in {seconds:.2f} s\n")
 
 
@@ -324,6 +325,11 @@ def _summary(artifact: Path, manifest: Manifest) -> str:
     for graph in manifest.graphs:
         target = graph.target if graph.isa is None else f"{graph.target} ({graph.isa})"
         console.print("graph     ", f"{graph.backend} for {target}, {decimal(manifest.graph_bytes(graph))}")
+    if manifest.surgery is not None:
+        outputs = ", ".join(f"{output.key} [{output.dim}]" for output in manifest.outputs)
+        size = decimal(sum(parameter.bytes for parameter in manifest.surgery.parameters))
+        line = f"{manifest.surgery.module} {manifest.surgery.kwargs}, {size} of parameters, gives {outputs}"
+        console.print("surgery   ", line, soft_wrap=True)
     for choice in manifest.choices:
         console.print("choice    ", f"{choice.table}: {choice.serving_precision}: {choice.reason}", soft_wrap=True)
     for figures in manifest.accuracy:

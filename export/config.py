@@ -6,6 +6,8 @@ error carries the file, the line, the key and, for an unknown key, the nearest k
 """
 
 import difflib
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -50,6 +52,7 @@ __all__ = [
     "ReleaseConfig",
     "ServingConfig",
     "SnapshotConfig",
+    "SurgeryConfig",
     "VocabularyConfig",
     "load_config",
 ]
@@ -162,9 +165,21 @@ def _unique(values: list[StrEnum]) -> list[StrEnum]:
     return values
 
 
-def _refuse_surgery(value: object) -> None:
-    if value is not None:
-        raise PydanticCustomError(_OURS, "surgery is not supported by this version; remove the key")
+def _check_class_path(value: str) -> str:
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", value):
+        raise PydanticCustomError(_OURS, f"expected 'package.module:Class', got {value!r}")
+    return value
+
+
+def _check_json(value: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest keeps: text, finite numbers, booleans, null, and lists and mappings of these."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise PydanticCustomError(
+            _OURS, f"expected text, finite numbers, booleans, null, lists and mappings: {error}"
+        ) from error
+    return value
 
 
 def _check_name(name: str) -> str:
@@ -492,6 +507,17 @@ class ParityConfig(_Section):
     table_budgets: dict[str, Budget] = {}
 
 
+class SurgeryConfig(_Section):
+    """A `torch.nn.Module` that serving applies to the pooled embeddings, at `LargeEmbeddings.surgery_cut_point`.
+
+    `prefix` is where its parameters sit in the snapshot's state dict, by default `surgery_cut_point`, beside the collection.
+    """
+
+    module: Annotated[str, AfterValidator(_check_class_path)]
+    kwargs: Annotated[dict[str, Any], AfterValidator(_check_json)] = {}
+    prefix: Annotated[str, Field(min_length=1)] | None = None
+
+
 class ReleaseConfig(_Section):
     """A whole release configuration."""
 
@@ -499,7 +525,7 @@ class ReleaseConfig(_Section):
     mode: Mode = Mode.INFERENCE
     snapshot: SnapshotConfig
     serving: ServingConfig = ServingConfig()
-    surgery: Annotated[Any, AfterValidator(_refuse_surgery)] = None
+    surgery: SurgeryConfig | None = None
     parity: ParityConfig = ParityConfig()
 
     @model_validator(mode="after")

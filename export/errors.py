@@ -15,6 +15,7 @@ __all__ = [
     "RowsError",
     "SnapshotChangedError",
     "SnapshotError",
+    "SurgeryError",
     "VocabularyError",
 ]
 
@@ -35,6 +36,10 @@ class SnapshotError(ExportError):
 
 class RowsError(ExportError):
     """A table holds values that the chosen serving precision cannot store."""
+
+
+class SurgeryError(ExportError):
+    """The surgery module cannot be had, filled or called, or a graph cannot express it."""
 
 
 class ColumnsError(ExportError):

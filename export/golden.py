@@ -23,7 +23,11 @@ def write_cases(path: Path, cases: Mapping[str, GoldenCase]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, case in cases.items():
-        for part, tensor in [*case.request._asdict().items(), ("pooled", case.pooled)]:
+        for part, tensor in [
+            *case.request._asdict().items(),
+            ("pooled", case.pooled),
+            ("tolerance", case.tolerance),
+        ]:
             if tensor is not None:
                 tensors[f"{name}/{part}"] = tensor.contiguous()
     save_file(tensors, path)
@@ -34,7 +38,8 @@ def replay_cases(artifact: Path, manifest: Manifest) -> int:
 
     Raises:
         ArtifactError: the cases cannot be read, or the artifact cannot be loaded here.
-        GateError: naming the first case, output, bag and column whose answer is not the same, bit for bit.
+        GateError: naming the first case, output, bag and column whose answer is not the same, bit for bit or, after a
+            surgery, within the case's tolerance.
     """
     loaded = load_artifact(artifact, verify="sizes")
     cases = read_cases(artifact, manifest)

@@ -238,9 +238,63 @@ class WeightedLookup(_PlainOpLookup):
         return self.pool_checked(values, self.measure(offsets), offsets, per_sample_weights)
 
 
-def make_lookup(tables: Sequence[Table], features: Sequence[ManifestFeature]) -> Lookup | WeightedLookup:
-    """The lookup over `features`, in their order, whose rows lie where `tables` say."""
+class SplicedLookup(Lookup):
+    """A `Lookup` whose pooled embeddings go through a surgery."""
+
+    def __init__(self, slots: Sequence[_Slot], weights_bytes: int, surgery: torch.nn.Module) -> None:
+        super().__init__(slots, weights_bytes)
+        self.surgery = surgery
+
+    def forward(self, values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Int64 [N] and int32 [F * B] to float32 [B, W], the outputs of the surgery."""
+        answer: torch.Tensor = self.surgery(self.pool(values, lengths, None))
+        return answer
+
+    @torch.jit.export
+    def lookup_checked(self, values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """As `Lookup.lookup_checked`, and the surgery."""
+        by_feature = self.measure(offsets) if self.any_mean else offsets
+        answer: torch.Tensor = self.surgery(self.pool_checked(values, by_feature, offsets, None))
+        return answer
+
+
+class SplicedWeightedLookup(WeightedLookup):
+    """A `WeightedLookup` whose pooled embeddings go through a surgery."""
+
+    def __init__(self, slots: Sequence[_Slot], weights_bytes: int, surgery: torch.nn.Module) -> None:
+        super().__init__(slots, weights_bytes)
+        self.surgery = surgery
+
+    def forward(self, values: torch.Tensor, lengths: torch.Tensor, per_sample_weights: torch.Tensor) -> torch.Tensor:
+        """Int64 [N], int32 [F * B] and float32 [N] to float32 [B, W], the outputs of the surgery."""
+        answer: torch.Tensor = self.surgery(self.pool(values, lengths, per_sample_weights))
+        return answer
+
+    @torch.jit.export
+    def lookup_checked(
+        self, values: torch.Tensor, offsets: torch.Tensor, per_sample_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As `WeightedLookup.lookup_checked`, and the surgery."""
+        pooled = self.pool_checked(values, self.measure(offsets), offsets, per_sample_weights)
+        answer: torch.Tensor = self.surgery(pooled)
+        return answer
+
+
+def make_lookup(
+    tables: Sequence[Table],
+    features: Sequence[ManifestFeature],
+    surgery: torch.nn.Module | None = None,
+    parameters_bytes: int = 0,
+) -> Lookup | WeightedLookup:
+    """The lookup over `features`, in their order, whose rows lie where `tables` say.
+
+    A `surgery` takes float32 [B, sum(D)] and gives what is returned instead (see `export.splice`); its parameters take
+    `parameters_bytes` of the weight data.
+    """
     by_name = {table.name: table for table in tables}
     slots = [_Slot(by_name[feature.table], feature.pooling == "mean", feature.weighted) for feature in features]
-    kind = WeightedLookup if any(slot.weighted for slot in slots) else Lookup
-    return kind(slots, sum(table.bytes for table in tables)).eval()
+    weighted = any(slot.weighted for slot in slots)
+    weights_bytes = sum(table.bytes for table in tables) + parameters_bytes
+    if surgery is None:
+        return (WeightedLookup if weighted else Lookup)(slots, weights_bytes).eval()
+    return (SplicedWeightedLookup if weighted else SplicedLookup)(slots, weights_bytes, surgery).eval()

@@ -40,17 +40,24 @@ from runtime_py.manifest import ROW_FORMATS, WEIGHTS, Feature, Table
 if TYPE_CHECKING:  # a configuration is read, and most artifacts are built, without onnx
     import onnx
 
-__all__ = ["OPSET", "write_onnx"]
+__all__ = ["EMBEDDINGS", "OPSET", "point_into_weights", "write_onnx"]
 
 OPSET = 18  # the first with BitwiseAnd and with ScatterND's reductions as they are; ONNX Runtime 1.14 and later
 IR_VERSION = 8  # the one of opset 18
+EMBEDDINGS = "surgery/embeddings"  # what a surgery takes, float32 [B, sum(D)]
 
 _CHUNK = 128  # ids in the largest piece; its power of two levels below cost some operators each
 _SCALE_BIAS_BYTES = ROW_FORMATS["int8"].scale_bias_bytes
 _SINGLE = 4  # pieces up to this size are gathered id by id and added: ReduceSum is slow over few rows
 
 
-def write_onnx(tables: Sequence[Table], features: Sequence[Feature], weights_offset_bytes: int, path: Path) -> None:
+def write_onnx(
+    tables: Sequence[Table],
+    features: Sequence[Feature],
+    weights_offset_bytes: int,
+    path: Path,
+    surgery: "onnx.GraphProto | None" = None,
+) -> None:
     """Writes the lookup over `features`, in their order, to `path`, in the folder that holds `weights/`.
 
     Inputs `values` int64 [N], `lengths` int32 [F * B] and, where a feature is weighted, `per_sample_weights` float32 [N];
@@ -61,6 +68,8 @@ def write_onnx(tables: Sequence[Table], features: Sequence[Feature], weights_off
         features: the inputs, in graph order.
         weights_offset_bytes: where the data of the weight file starts.
         path: the file; its folder exists. The weight file need not exist yet.
+        surgery: what the pooled embeddings go through, with the input `EMBEDDINGS` and one output, float32 [B, W]; see
+            `export.onnx_surgery`.
     """
     by_name = {table.name: table for table in tables}
     slots = [_Slot(feature, by_name[feature.table]) for feature in features]
@@ -71,8 +80,14 @@ def write_onnx(tables: Sequence[Table], features: Sequence[Feature], weights_off
     batch = _read_batch(graph, slots, weighted=weighted)
     levels = _cut_bags(graph, len(slots), batch)
     blocks = [_pool(graph, number, slot, batch, levels) for number, slot in enumerate(slots)]
-    graph.add("Concat", *blocks, output="pooled", axis=1)
     total_dim = sum(slot.table.embedding_dim for slot in slots)
+    if surgery is None:
+        graph.add("Concat", *blocks, output="pooled", axis=1)
+    else:
+        graph.add("Concat", *blocks, output=EMBEDDINGS, axis=1)
+        graph.extend(surgery)
+        graph.add("Identity", surgery.output[0].name, output="pooled")
+        total_dim = surgery.output[0].type.tensor_type.shape.dim[1].dim_value
     write_file(path, graph.model(total_dim, weighted=weighted).SerializeToString(deterministic=True))
 
 
@@ -146,20 +161,18 @@ class _Graph:
         """The columns from `start` up to, not including, `end`."""
         return self.add("Slice", value, *(self.constant([number]) for number in (start, end, 1)))
 
+    def extend(self, other: "onnx.GraphProto") -> None:
+        """Takes over the nodes and the constants of another graph, whose names none of this one has."""
+        self._nodes.extend(other.node)
+        self._initializers.extend(other.initializer)
+
     def add_table(self, table: Table, weights_offset_bytes: int) -> None:
         """An initializer whose data are the table's rows in the weight file."""
         from onnx import TensorProto
 
         types = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "U8": TensorProto.UINT8}
-        tensor = TensorProto(
-            name=_rows(table),
-            data_type=types[table.dtype],
-            dims=table.shape,
-            data_location=TensorProto.EXTERNAL,
-        )
-        place = {"location": WEIGHTS, "offset": weights_offset_bytes + table.offset_bytes, "length": table.bytes}
-        for key, value in place.items():
-            tensor.external_data.add(key=key, value=str(value))
+        tensor = TensorProto(name=_rows(table), data_type=types[table.dtype], dims=table.shape)
+        point_into_weights(tensor, weights_offset_bytes + table.offset_bytes, table.bytes)
         self._initializers.append(tensor)
 
     def model(self, total_dim: int, *, weighted: bool) -> "onnx.ModelProto":
@@ -180,6 +193,15 @@ class _Graph:
             opset_imports=[helper.make_opsetid("", OPSET)],
             producer_name="large-embeddings-export",
         )
+
+
+def point_into_weights(tensor: "onnx.TensorProto", offset_bytes: int, length_bytes: int) -> None:
+    """Makes bytes of the weight file the data of an initializer."""
+    from onnx import TensorProto
+
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": WEIGHTS, "offset": offset_bytes, "length": length_bytes}.items():
+        tensor.external_data.add(key=key, value=str(value))
 
 
 def _rows(table: Table) -> str:

@@ -3,6 +3,9 @@
 2. Serving: the artifact's output equals, bit for bit, that of torchrec's quantized module over the same stored rows.
 3. Quantization: it is within a derived bound of the float32 eager `LargeEmbeddings` over the trained rows.
 
+Where there is a surgery, both are asked of the embeddings that the TorchScript graph pools before it; and what every graph
+answers is compared with the module in eager mode (`surgery_parity`).
+
 Both references hold only the rows that the batches name (`Probe`), with ids renumbered, so that their size does not
 depend on the tables'. An id outside its table is given to them as the number of an extra row of zeros.
 """
@@ -22,6 +25,8 @@ from export.config import DataType, EmbeddingBagConfig, LargeEmbeddingsConfig, P
 from export.errors import GateError
 from export.large_embeddings import LargeEmbeddings, torchrec_tables
 from export.quantize import SCALE_BIAS_BYTES, levels, quantized
+from export.splice import OpenedSurgery
+from export.surgery_parity import check_answer, surgery_bound
 from runtime_py import Artifact, InvalidInputError, load_artifact
 from runtime_py.golden import GoldenCase
 from runtime_py.inputs import Request
@@ -32,6 +37,7 @@ __all__ = [
     "References",
     "Slot",
     "check_parity",
+    "check_surgery",
     "make_cases",
     "make_slots",
     "probe_ids",
@@ -129,9 +135,14 @@ class References:
     """torchrec's quantized module and the eager float32 model, over the probe rows only."""
 
     def __init__(
-        self, config: LargeEmbeddingsConfig, precisions: Mapping[str, Precision], probes: Mapping[str, ProbeRows]
+        self,
+        config: LargeEmbeddingsConfig,
+        precisions: Mapping[str, Precision],
+        probes: Mapping[str, ProbeRows],
+        surgery: OpenedSurgery | None = None,
     ) -> None:
         self.slots = make_slots(config)
+        self.surgery = surgery
         self._probes = probes
         small = config.model_copy(
             update={
@@ -253,6 +264,7 @@ def check_parity(
     cases: Sequence[Case],
     probes: Mapping[str, ProbeRows],
     seed: int,
+    surgery: OpenedSurgery | None = None,
 ) -> tuple[ParitySummary, list[dict[str, Any]], dict[str, GoldenCase]]:
     """Runs every case through the staged artifact and both references.
 
@@ -265,28 +277,36 @@ def check_parity(
         GateError: naming the case, the feature, its table, the place and the numbers.
     """
     wanted = probe_ids(config, cases)  # the others are for measuring lookups
-    references = References(config, precisions, {name: probe.only(wanted[name]) for name, probe in probes.items()})
+    chosen = {name: probe.only(wanted[name]) for name, probe in probes.items()}
+    references = References(config, precisions, chosen, surgery)
     serving = "bit-equal to torchrec's quantized EmbeddingBagCollection"
     results = []
     golden = {}
-    for graph in read_manifest(artifact).graphs:
+    manifest = read_manifest(artifact)
+    if surgery is not None and manifest.surgery is not None:
+        surgery.place_like(manifest.surgery.parameters)
+    for graph in manifest.graphs:
         name = f"{graph.backend} for {graph.target}"
         if graph.backend == "onnx":
             from export.onnx_parity import check_onnx_parity  # ONNX Runtime only where there is such a graph
 
             outcomes = check_onnx_parity(artifact, graph, references, cases, seed)
             results += [{"graph": name, **outcome} for outcome in outcomes]
-            serving += "; onnx within the bound of float32 sums"
+            if surgery is None:
+                serving += "; onnx within the bound of float32 sums"
             continue
         strict = load_artifact(artifact, backend=graph.backend, verify="sizes", invalid_ids="error")
         lenient = strict.with_invalid_ids("zero")
         for number, case in enumerate(cases):
             request = case.request(references.slots, seed + number)
-            outcome, pooled = _check_case(strict, lenient, references, case, request)
+            outcome, answer = _check_case(strict, lenient, references, case, request)
             strict.release_pages()  # the kernel maps 64 KiB around every row
             results.append({"graph": name, **outcome})
-            if not case.random or not any(kept.random for kept in cases[:number]):
-                golden[f"{number:02} {case.name}"] = GoldenCase(request, pooled)  # every torch graph answers so
+            kept = f"{number:02} {case.name}"
+            if kept not in golden and (not case.random or not any(kept.random for kept in cases[:number])):
+                golden[kept] = GoldenCase(request, *answer)  # without a surgery, every torch graph answers so
+    if surgery is not None:
+        serving += _describe_surgery(surgery, results)
     summary = ParitySummary(
         seed=seed,
         cases=len(cases),
@@ -297,31 +317,64 @@ def check_parity(
     return summary, results, golden
 
 
+def _describe_surgery(surgery: OpenedSurgery, results: Sequence[dict[str, Any]]) -> str:
+    """What is said of the surgery, graph by graph."""
+    shares: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        shares.setdefault(result["graph"].split()[0], []).append(result)
+    said = [
+        f"{graph} bit-equal"
+        if all(result["surgery_bit_equal"] for result in found)
+        else f"{graph} within {max(result['surgery_max_share_of_bound'] for result in found):.2g} of its rounding bound"
+        for graph, found in shares.items()
+    ]
+    return f"; after it, {surgery.config.module} as in eager mode: {', '.join(said)}"
+
+
 def _check_case(
     strict: Artifact, lenient: Artifact, references: References, case: Case, request: Request
-) -> tuple[dict[str, Any], torch.Tensor]:
+) -> tuple[dict[str, Any], tuple[torch.Tensor, torch.Tensor | None]]:
+    """The outcome of a case; and the answer with, where there is a surgery, how far from it another right one may be."""
     bad = _has_invalid_ids(case, references.slots)
     artifact = lenient if bad else strict
     before = [None if part is None else part.clone() for part in request]
-    pooled = artifact.lookup(*request)
+    answer = artifact.lookup(*request)
     if not all(old is None or new is None or torch.equal(old, new) for old, new in zip(before, request, strict=True)):
         raise GateError(f"parity case '{case.name}': the artifact changed its caller's tensors")
     if bad:
         _check_refusal(strict, case, request)
+    _check_graph_alone(artifact, case, request, answer)
+    _check_strided(artifact, case, request, answer)
+    _check_permuted(artifact, case, request, references.slots, answer)
     renumbered = references.renumber(case)
     features = references.features(case, request, renumbered)
-    columns = dict(
-        zip((slot.feature for slot in references.slots), pooled.split(_dims(references), dim=1), strict=True)
-    )
-    _check_graph_alone(artifact, case, request, pooled)
-    _check_strided(artifact, case, request, pooled)
-    _check_permuted(artifact, case, request, references.slots, pooled)
-    bags = len(case.bags[0])
+    outcome = {"name": case.name, "bags": len(case.bags[0]), "ids": request.values.numel()}
+    if references.surgery is None:
+        return outcome | _check_embeddings(references, case, answer, features, renumbered), (answer, None)
+    if artifact.backend == "torchscript":
+        outcome |= _check_embeddings(references, case, artifact.pool(*request), features, renumbered)
+    else:  # its embeddings are not to be had
+        outcome |= {"max_error": 0.0, "max_share_of_bound": 0.0}
+    figures, tolerance = check_surgery(references, case, f"the {artifact.backend} graph", answer, features)
+    return outcome | figures, (answer, tolerance)
+
+
+def _check_embeddings(
+    references: References,
+    case: Case,
+    pooled: torch.Tensor,
+    features: KeyedJaggedTensor,
+    renumbered: list[list[np.ndarray]],
+) -> dict[str, Any]:
+    """Asks both questions of the embeddings [B, sum(D)] of a batch."""
+    if pooled.shape != (len(case.bags[0]), sum(_dims(references))):
+        expected = [len(case.bags[0]), sum(_dims(references))]
+        raise GateError(f"parity case '{case.name}': shape {list(pooled.shape)}, expected {expected}")
     largest = share = 0.0
-    if bags:  # the references have no form for a batch of none; the shape is all there is to compare
+    if case.bags[0]:  # the references have no form for a batch of none; the shape is all there is to compare
         quantized, eager = references.quantized(features), references.eager(features)
-        for number, slot in enumerate(references.slots):
-            got = columns[slot.feature]
+        columns = pooled.split(_dims(references), dim=1)
+        for number, (slot, got) in enumerate(zip(references.slots, columns, strict=True)):
             _check_equal(case, slot, got, quantized[slot.feature])
             conversion, summation = rounding_bounds(references, slot, features, renumbered[number])
             bound = conversion + summation
@@ -329,18 +382,39 @@ def _check_case(
             _check_bound(case, slot, error, bound)
             largest = max(largest, float(error.max()))
             share = max(share, float(np.divide(error, bound, out=np.zeros_like(error), where=bound > 0).max()))
-    elif pooled.shape != (0, sum(_dims(references))):
-        raise GateError(
-            f"parity case '{case.name}': shape {list(pooled.shape)}, expected [0, {sum(_dims(references))}]"
-        )
-    outcome = {
-        "name": case.name,
-        "bags": bags,
-        "ids": request.values.numel(),
-        "max_error": largest,
-        "max_share_of_bound": share,
-    }
-    return outcome, pooled
+    return {"max_error": largest, "max_share_of_bound": share}
+
+
+def check_surgery(
+    references: References,
+    case: Case,
+    graph: str,
+    answer: torch.Tensor,
+    features: KeyedJaggedTensor,
+    noise: Mapping[str, np.ndarray] | None = None,
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Compares an answer with the module in eager mode; returns figures, and the distance of two right answers.
+
+    `noise` says how far the graph's embeddings may be from torchrec's, float64 [B, D] by feature.
+
+    Raises:
+        GateError: naming the case, the output, the place and the numbers.
+    """
+    surgery = references.surgery
+    if surgery is None:
+        raise ValueError("the release has no surgery")
+    where = f"parity case '{case.name}': {graph}"
+    expected = [len(case.bags[0]), sum(output.dim for output in surgery.outputs)]
+    if list(answer.shape) != expected:
+        raise GateError(f"{where}: shape {list(answer.shape)}, expected {expected}")
+    pooled = {slot.feature: torch.empty(0, slot.table.embedding_dim) for slot in references.slots}
+    if case.bags[0]:
+        quantized = references.quantized(features)  # in torchrec's order; a module may read the order of the features
+        pooled = {name: quantized[name] for name in pooled}
+    bound = surgery_bound(surgery, pooled, noise)
+    figures = check_answer(where, surgery.outputs, answer, surgery(pooled), bound)
+    tolerance = torch.from_numpy(np.nextafter((2 * bound).astype(np.float32), np.float32(np.inf)))
+    return figures, tolerance
 
 
 def _dims(references: References) -> list[int]:

@@ -24,6 +24,8 @@ from export.progress import Progress
 from export.quantize import row_format
 from export.ranks import Ranks
 from export.snapshots import Snapshot, TableRows, open_snapshot
+from export.splice import OpenedSurgery, express
+from export.surgery_source import open_surgery
 from export.weight_file import PlannedTable, WeightPlan
 from runtime_py.manifest import PrecisionChoice, SnapshotIdentity
 from runtime_py.parallel import map_ordered
@@ -57,10 +59,11 @@ class Clock:
 
 @dataclass(frozen=True)
 class _Sources:
-    """The snapshots that a release reads, and the rows of every table in them."""
+    """The snapshots that a release reads, the rows of every table in them, and the surgery, filled from the first."""
 
     snapshots: dict[SnapshotConfig, Snapshot]
     rows: dict[str, TableRows]
+    surgery: OpenedSurgery | None
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,11 @@ class ReleasePlan:
     def identities(self) -> list[SnapshotIdentity]:
         """The configuration's snapshot, then those of pretrained tables."""
         return [snapshot.identity for snapshot in self.sources.snapshots.values()]
+
+    @property
+    def surgery(self) -> OpenedSurgery | None:
+        """What serving does to the pooled embeddings."""
+        return self.sources.surgery
 
     def check_sources(self) -> None:
         """Opens the snapshots again: whatever was written again since the first look shows as another plan.
@@ -117,6 +125,8 @@ def plan_release(config: ReleaseConfig, ranks: Ranks, workers: int, sample: int,
     with clock.phase("snapshot"):
         cases = make_cases(config.large_embeddings, config.parity.seed, config.parity.batches)
         sources = _open_sources(config)
+        if sources.surgery is not None and not ranks.rank:
+            express(sources.surgery, config.serving.graphs)
     auto = [table for table in tables if config.serving_precision(table) is Precision.AUTO]
     by_rank_0 = bool(auto) or any(table.access_counts for table in tables)
     if ranks.rank and by_rank_0:
@@ -135,7 +145,7 @@ def plan_release(config: ReleaseConfig, ranks: Ranks, workers: int, sample: int,
             with clock.phase("choice"):
                 offered = {table.name: config.candidates(table) for table in auto}
                 found = _measure(config, sources, bags, offered, workers, sample, clock.progress)
-                choices = _choose(config, found)
+                choices = _choose(config, found, sources.surgery)
         if by_rank_0:
             for number, table in enumerate(tables):
                 if table.access_counts:  # one by one: the store takes 8 MiB at most
@@ -152,6 +162,7 @@ def _open_sources(config: ReleaseConfig, steps: Mapping[SnapshotConfig, int | No
 
     Raises:
         SnapshotError: a snapshot cannot be read, or does not have a table as the configuration says.
+        SurgeryError: the surgery cannot be had, filled or called.
     """
     tables = config.large_embeddings.tables
     snapshots = {}
@@ -163,7 +174,10 @@ def _open_sources(config: ReleaseConfig, steps: Mapping[SnapshotConfig, int | No
         return snapshots[source].table(table, name)
 
     found = map_ordered(find, tables, _REQUESTS)
-    return _Sources(snapshots, {table.name: rows for table, rows in zip(tables, found, strict=True)})
+    surgery = None
+    if config.surgery is not None:
+        surgery = open_surgery(config.surgery, config.large_embeddings, snapshots[config.snapshot])
+    return _Sources(snapshots, {table.name: rows for table, rows in zip(tables, found, strict=True)}, surgery)
 
 
 def _source(config: ReleaseConfig, table: EmbeddingBagConfig) -> tuple[SnapshotConfig, str]:
@@ -189,7 +203,7 @@ def _lay_out(
         limit = outlier_limit(precision, config.budgets(table, precision))
         planned.append(PlannedTable(table.name, sources.rows[table.name], precision, wanted, limit))
     digests = [snapshot.identity.digest for snapshot in sources.snapshots.values()]
-    return WeightPlan(planned, sample, digests)
+    return WeightPlan(planned, sample, digests, sources.surgery.parameters() if sources.surgery else ())
 
 
 # --- The choice ------------------------------------------------------------------------------------------------------
@@ -212,15 +226,17 @@ def _measure(
     return measure_candidates(config, tables, workers, sample, progress)
 
 
-def _choose(config: ReleaseConfig, candidates: Mapping[str, list[Candidate]]) -> list[PrecisionChoice]:
+def _choose(
+    config: ReleaseConfig, candidates: Mapping[str, list[Candidate]], surgery: OpenedSurgery | None
+) -> list[PrecisionChoice]:
     auto = [table for table in config.large_embeddings.tables if config.serving_precision(table) is Precision.AUTO]
     accesses = {table.name: float(len(table.features)) for table in auto}
     if all(table.access_counts for table in auto):
         accesses = {table.name: total_accesses(table) for table in auto}
-    return choose_precisions(config, candidates, _other_bytes(config), accesses)
+    return choose_precisions(config, candidates, _other_bytes(config, surgery), accesses)
 
 
-def _other_bytes(config: ReleaseConfig) -> int:
+def _other_bytes(config: ReleaseConfig, surgery: OpenedSurgery | None) -> int:
     """What the artifact takes besides the rows of tables that are left to `auto`: graphs and reports as set aside."""
     tables = config.large_embeddings.tables
     header = (
@@ -236,6 +252,8 @@ def _other_bytes(config: ReleaseConfig) -> int:
             from export.vocabulary import vocabulary_bytes  # pyarrow only where there is a vocabulary
 
             total += vocabulary_bytes(table, table.vocab)
+    for parameter in surgery.parameters() if surgery else ():  # in the weight file, its header and the manifest
+        total += parameter.bytes + _BYTES_PER_FEATURE + _NAMES_PER_FEATURE * len(parameter.name.encode())
     return total
 
 
@@ -298,13 +316,15 @@ def preview_release(config: ReleaseConfig, workers: int, sample: int, clock: Clo
     fix_mapping_threshold()
     with clock.phase("snapshot"):
         sources = _open_sources(config)
+        if sources.surgery is not None:
+            express(sources.surgery, config.serving.graphs)
         bags = {table.name: draw_bags(table, config.parity.seed) for table in tables}
     with clock.phase("measure"):
         possible = {table.name: _possible(config, table) for table in tables}
         found = _measure(config, sources, bags, possible, workers, sample, clock.progress)
     refusal, choices = "", []
     try:
-        choices = _choose(config, found)
+        choices = _choose(config, found, sources.surgery)
     except GateError as error:
         refusal = str(error)
     chosen = {choice.table: Precision(choice.serving_precision) for choice in choices}
@@ -317,7 +337,7 @@ def preview_release(config: ReleaseConfig, workers: int, sample: int, clock: Clo
     rows_of_auto = sum(
         entry.bytes for name, entries in found.items() for entry in entries if entry.precision is chosen.get(name)
     )
-    size = _other_bytes(config) + rows_of_auto
+    size = _other_bytes(config, sources.surgery) + rows_of_auto
     seconds = sum(entry.seconds for entry in picked) + 2 * sum(entry.bytes for entry in picked) * _digest_seconds()
     return Preview(found, precisions, choices, refusal, size, round(seconds / workers, 3), sample, clock.seconds)
 

@@ -27,12 +27,20 @@ from export.journal import PieceResult
 from export.quantize import convert_rows, describe_unstorable, new_rows, row_format, serving_precision, storable
 from export.snapshots import TableRows, identify
 from runtime_py.digests import ROWS, TABLES, Digest, chunk_groups, chunk_rows, combine
-from runtime_py.manifest import ServingPrecision, Table
+from runtime_py.manifest import (
+    PARAMETER_PREFIX,
+    ParameterType,
+    ServingPrecision,
+    StoredParameter,
+    Table,
+    table_shape,
+)
 from runtime_py.parallel import map_ordered
 from runtime_py.tensor_file import encode_header, layout_tables, tensor_bytes
 
 __all__ = [
     "Piece",
+    "PlannedParameter",
     "PlannedTable",
     "WeightPlan",
     "WrittenWeights",
@@ -87,6 +95,39 @@ class PlannedTable:
 
 
 @dataclass(frozen=True)
+class PlannedParameter:
+    """A tensor of the surgery module to write beside the tables: contiguous, and small enough to be in memory."""
+
+    parameter: str
+    dtype: ParameterType
+    tensor: torch.Tensor
+
+    @property
+    def name(self) -> str:  # noqa: D102
+        return f"{PARAMETER_PREFIX}{self.parameter}"
+
+    @property
+    def shape(self) -> tuple[int, int]:  # noqa: D102
+        return table_shape(self.tensor.shape)
+
+    @property
+    def row_bytes(self) -> int:  # noqa: D102
+        return self.shape[1] * self.tensor.dtype.itemsize
+
+    @property
+    def bytes(self) -> int:
+        """The whole tensor."""
+        return self.shape[0] * self.row_bytes
+
+    @property
+    def digest(self) -> Digest:
+        """`sha256-rows-1048576` of its rows."""
+        data, step = tensor_bytes(self.tensor), chunk_rows(self.row_bytes) * self.row_bytes
+        parts = (hashlib.sha256(data[start : start + step]).digest() for start in range(0, len(data), step))
+        return combine(ROWS, parts)
+
+
+@dataclass(frozen=True)
 class Piece:
     """Some chunks of a table, the first rows of which are `starts`, and where the table's rows begin in the file."""
 
@@ -114,20 +155,31 @@ class Piece:
 class WeightPlan:
     """A weight file to write: its header, its tables in configuration order, and the pieces in file order.
 
-    Every `sample`th block of a table is measured, the first one always; all are compared with what they must be.
+    Every `sample`th block of a table is measured, the first one always; all are compared with what they must be. The
+    parameters of a surgery are written with the header.
     """
 
-    def __init__(self, tables: Sequence[PlannedTable], sample: int = 1, snapshots: Sequence[Digest] = ()) -> None:
+    def __init__(
+        self,
+        tables: Sequence[PlannedTable],
+        sample: int = 1,
+        snapshots: Sequence[Digest] = (),
+        parameters: Sequence[PlannedParameter] = (),
+    ) -> None:
         self.tables, self._snapshots = list(tables), [str(digest) for digest in snapshots]
+        self.parameters = list(parameters)
         self.sample = sample
-        self.header = encode_header(tables)
-        self.offsets = layout_tables(tables)
-        self.data_bytes = sum(table.bytes for table in tables)
+        tensors: list[PlannedTable | PlannedParameter] = [*self.tables, *self.parameters]
+        self.header = encode_header(tensors)
+        self.offsets = layout_tables(tensors)
+        self.data_bytes = sum(tensor.bytes for tensor in tensors)
+        self._table_bytes = sum(table.bytes for table in tables)
         by_name = {table.name: table for table in tables}
         self.pieces = [
-            Piece(table, len(self.header) + offset, starts, sample)
-            for table, offset in ((by_name[name], offset) for name, offset in self.offsets.items())
-            for starts in chunk_groups(table.num_embeddings, table.row_bytes)
+            Piece(by_name[name], len(self.header) + offset, starts, sample)
+            for name, offset in self.offsets.items()
+            if name in by_name
+            for starts in chunk_groups(by_name[name].num_embeddings, by_name[name].row_bytes)
         ]
         self.fingerprint = self._fingerprint()
 
@@ -138,7 +190,7 @@ class WeightPlan:
         for piece in self.pieces:
             middle = end + piece.bytes // 2
             end += piece.bytes
-            if middle * world // self.data_bytes == rank:
+            if middle * world // self._table_bytes == rank:
                 share.append(piece)
         return share
 
@@ -156,7 +208,8 @@ class WeightPlan:
         ]
         files = identify(location for table in self.tables for location in table.rows.locations)
         versions = [importlib.metadata.version("large-embeddings-export"), torch.__version__, np.__version__]
-        text = json.dumps([self.header.hex(), self.sample, self._snapshots, tables, files, versions])
+        parameters = [str(parameter.digest) for parameter in self.parameters]
+        text = json.dumps([self.header.hex(), self.sample, self._snapshots, tables, parameters, files, versions])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -169,6 +222,7 @@ class WrittenWeights:
     """
 
     tables: list[Table]
+    parameters: list[StoredParameter]
     offset_bytes: int
     data_bytes: int
     digest: Digest
@@ -180,7 +234,7 @@ class WrittenWeights:
 
 
 def create_weight_file(path: Path, plan: WeightPlan) -> None:
-    """Makes the file at its full length, with its header; what an earlier build has written into it stays.
+    """Makes the file at its full length, with its header and the parameters; what an earlier build has written stays.
 
     Raises:
         OSError: it cannot be written; a full disk shows here, before the first row is read.
@@ -189,6 +243,8 @@ def create_weight_file(path: Path, plan: WeightPlan) -> None:
     try:
         os.posix_fallocate(fd, 0, len(plan.header) + plan.data_bytes)
         _write_at(fd, memoryview(plan.header), 0)
+        for parameter in plan.parameters:
+            _write_at(fd, tensor_bytes(parameter.tensor), len(plan.header) + plan.offsets[parameter.name])
     finally:
         os.close(fd)
 
@@ -258,10 +314,17 @@ def compare_written(path: Path, plan: WeightPlan, written: WrittenWeights, worke
                 "they were written; check the disk and build again"
             )
 
+    small = [("the header", 0, plan.header)]
+    for parameter in plan.parameters:
+        position = len(plan.header) + plan.offsets[parameter.name]
+        small.append((f"parameter '{parameter.parameter}'", position, bytes(tensor_bytes(parameter.tensor))))
     with path.open("rb") as file:
-        header = file.read(len(plan.header))
-    if header != plan.header:
-        raise PublishError(f"{path}: the header is not in the file as it was written; check the disk and build again")
+        for what, position, data in small:
+            file.seek(position)
+            if file.read(len(data)) != data:
+                raise PublishError(
+                    f"{path}: {what} is not in the file as it was written; check the disk and build again"
+                )
     for _ in map_ordered(compare, plan.pieces, workers):
         pass
 
@@ -276,6 +339,7 @@ def assemble(plan: WeightPlan, results: Mapping[str, PieceResult]) -> WrittenWei
         for stage, seconds in result.seconds.items():
             stages[stage] = stages.get(stage, 0.0) + seconds
     digests = {name: combine(ROWS, (result.digests for result in found)) for name, found in parts.items()}
+    digests |= {parameter.name: parameter.digest for parameter in plan.parameters}
     order = [hashlib.sha256(plan.header).digest(), *(bytes.fromhex(digests[name].value) for name in plan.offsets)]
     written = [
         Table(
@@ -289,8 +353,19 @@ def assemble(plan: WeightPlan, results: Mapping[str, PieceResult]) -> WrittenWei
         )
         for table in plan.tables
     ]
+    parameters = [
+        StoredParameter(
+            parameter=parameter.parameter,
+            dtype=parameter.dtype,
+            dims=list(parameter.tensor.shape),
+            offset_bytes=plan.offsets[parameter.name],
+            digest=digests[parameter.name],
+        )
+        for parameter in plan.parameters
+    ]
     return WrittenWeights(
         tables=written,
+        parameters=parameters,
         offset_bytes=len(plan.header),
         data_bytes=plan.data_bytes,
         digest=combine(TABLES, order),

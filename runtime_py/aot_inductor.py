@@ -16,6 +16,7 @@ import torch
 from runtime_py.errors import GraphError, UnsupportedError
 from runtime_py.manifest import ROW_FORMATS, Graph, Manifest
 from runtime_py.torchscript import last_line, versions
+from runtime_py.weights import view_parameters
 
 __all__ = ["HOST", "ISAS", "check_isa", "load_aot_inductor", "make_constants"]
 
@@ -69,7 +70,7 @@ def _cpu_flags() -> set[str]:
 
 
 def make_constants(manifest: Manifest, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Every constant that the lookup may have, by name: `weights`, and what says how to read them."""
+    """Every constant that the graph may have, by name: `weights`, what says how to read them, and a surgery's parameters."""
     tables = [manifest.table[feature.table] for feature in manifest.features]
     dims = [table.embedding_dim for table in tables]
     columns = [feature for feature, dim in enumerate(dims) for _ in range(dim)]
@@ -88,6 +89,7 @@ def make_constants(manifest: Manifest, weights: torch.Tensor) -> dict[str, torch
         "is_mean": tensor([[feature.pooling == "mean"] for feature in manifest.features], torch.bool),
         "is_weighted": tensor([feature.weighted for feature in manifest.features], torch.bool),
         "column_features": tensor(columns if any_mean else [], torch.int64),
+        **{f"surgery.module.{name}": view for name, view in view_parameters(manifest, weights).items()},
     }
 
 

@@ -43,6 +43,7 @@ class Artifact:
     def __init__(
         self,
         manifest: Manifest,
+        backend: str,
         graph: Callable[..., torch.Tensor],
         invalid_ids: InvalidIds,
         vocabularies: Mapping[str, Vocabulary],
@@ -50,12 +51,13 @@ class Artifact:
         team: Team | None = None,
     ) -> None:
         self.manifest = manifest
+        self.backend = backend
         self._mapping = mapping  # of the rows; never closed, as tensors and graph have its address
         self.vocabularies = MappingProxyType(dict(vocabularies))
-        checker = RequestChecker(manifest, invalid_ids)
+        self._checker = RequestChecker(manifest, invalid_ids)
         self._reader = RequestReader(manifest)
-        self._entities = EntityReader(manifest, self.vocabularies, self._reader, checker)
-        self._lookups = Lookups(manifest, graph, checker, team)
+        self._entities = EntityReader(manifest, self.vocabularies, self._reader, self._checker)
+        self._lookups = Lookups(manifest, graph, self._checker, team)
         self._invalid, self._unknown = Tally(self._reader.features), Tally(self._reader.features)
         columns: dict[str, tuple[int, int]] = {}
         end = 0
@@ -109,6 +111,22 @@ class Artifact:
             self._invalid.add(invalid)
         return pooled
 
+    def pool(
+        self, values: torch.Tensor, lengths: torch.Tensor, per_sample_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As `lookup`, but before a surgery: float32 [B, sum of the tables' D], the features in the manifest's order.
+
+        Raises:
+            InvalidInputError: as `lookup`.
+            UnsupportedError: the backend is not TorchScript; a compiled graph has one answer only.
+        """
+        graph = self.graph
+        if not isinstance(graph, torch.jit.ScriptModule):
+            raise UnsupportedError(f"a graph of {self.backend} does not show what it pools; use torchscript")
+        checked = self._checker.check(values, lengths, per_sample_weights)
+        pooled: torch.Tensor = graph.pool(torch.from_numpy(checked.values), checked.lengths, checked.weights)
+        return pooled
+
     def lookup_entities(
         self,
         features: Any,
@@ -155,7 +173,8 @@ class Artifact:
 
     def with_invalid_ids(self, invalid_ids: InvalidIds) -> "Artifact":
         """The same artifact over the same mapping, graph and threads, that treats ids outside their table in this way."""
-        return Artifact(self.manifest, self.graph, invalid_ids, self.vocabularies, self._mapping, self._lookups.team)
+        team = self._lookups.team
+        return Artifact(self.manifest, self.backend, self.graph, invalid_ids, self.vocabularies, self._mapping, team)
 
     def release_pages(self) -> None:
         """Takes the rows that were looked up out of this process's resident memory; they stay in the page cache.
@@ -211,7 +230,8 @@ def load_artifact(
             (see `verify_artifact`).
         invalid_ids: "error" refuses a request with an id outside its table; "zero" gives that id a zero vector; "row:<k>"
             gives it row k, which every table must have. Whatever was replaced is counted by feature.
-        threads: cores that a request of 8,192 ids and 4 MiB of rows or more may use, the caller's included.
+        threads: cores that a request of 8,192 ids and 4 MiB of rows or more may use, the caller's included; one
+            where there is a surgery.
         prefault: whether all rows and vocabularies are brought into memory now rather than at their first use.
         lock_memory: whether they are kept there; that brings them in, too, and needs RLIMIT_MEMLOCK.
         placement: on a GPU, where rows lie that do not fit into `device_memory_bytes`: "device" refuses, "uvm" leaves them in
@@ -261,7 +281,9 @@ def load_artifact(
                 residency.prefault(file.mapping)
             if lock_memory:
                 residency.lock(file.mapping, file.path.name)
-    artifact = Artifact(manifest, run, invalid_ids, vocabularies, mapping, Team(threads) if threads > 1 else None)
+    # What a surgery does with the other examples of a batch is its own affair.
+    team = Team(threads) if threads > 1 and manifest.surgery is None else None
+    artifact = Artifact(manifest, graph.backend, run, invalid_ids, vocabularies, mapping, team)
     artifact.warm_up(graph.path)
     return artifact
 

@@ -18,7 +18,9 @@ def check_compatible(serving: Manifest, candidate: Manifest) -> None:
     problems = _compare_features(serving, candidate)
     for output in serving.outputs:
         dims = [other.dim for other in candidate.outputs if other.key == output.key]
-        if dims and dims != [output.dim]:
+        if not dims:
+            problems.append(f"output '{output.key}' is missing")
+        elif dims != [output.dim]:
             problems.append(f"output '{output.key}' has dim {dims[0]}, {output.dim} as served")
     has = {vocabulary.table for vocabulary in candidate.vocabularies}
     for vocabulary in serving.vocabularies:

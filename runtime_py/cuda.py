@@ -50,6 +50,8 @@ def load_cuda_artifact(
     with open_verified(path, verify) as verified:
         manifest = verified.manifest
         graph = _choose_graph(manifest, backend)
+        if manifest.surgery is not None:
+            raise UnsupportedError("an artifact with a surgery is not loaded onto a GPU yet; use device='cpu'")
         load_operators(graph.operator_libraries)
         _check_kernels([_LOOKUP, _CUMSUM])
         free, _ = torch.cuda.mem_get_info(where)

@@ -12,7 +12,7 @@ import torch
 
 from runtime_py.artifact import Artifact
 from runtime_py.captured import CapturedLookup
-from runtime_py.checks import Checked, InvalidIds, RequestChecker
+from runtime_py.checks import Checked, InvalidIds
 from runtime_py.device_inputs import inspect_request, is_plain, move, raise_if_bad
 from runtime_py.device_layout import DeviceLayout
 from runtime_py.device_stream import Order, Verdict, on_stream, pack
@@ -47,10 +47,9 @@ class DeviceArtifact(Artifact):
     ) -> None:
         if invalid_ids not in ("error", "zero"):
             raise ValueError(f"invalid_ids must be 'error' or 'zero' on a GPU, got {invalid_ids!r}")
-        super().__init__(manifest, graph, invalid_ids, vocabularies, mapping)
+        super().__init__(manifest, "torchscript", graph, invalid_ids, vocabularies, mapping)
         self.device = device
         self.layout = layout
-        self._checker = RequestChecker(manifest, invalid_ids)
         self._order = cache_order or Order(device)
         self._width = sum(output.dim for output in manifest.outputs)
         rows = [manifest.table[feature.table].num_embeddings for feature in manifest.features]

@@ -13,6 +13,7 @@ import stat
 import types
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -26,6 +27,8 @@ __all__ = [
     "AOT_INDUCTOR_FILES",
     "FORMAT_VERSION",
     "MANIFEST",
+    "PARAMETER_BYTES",
+    "PARAMETER_PREFIX",
     "ROW_FORMATS",
     "WEIGHTS",
     "Feature",
@@ -33,25 +36,30 @@ __all__ = [
     "Graph",
     "Manifest",
     "Output",
+    "ParameterType",
     "ParitySummary",
     "PrecisionChoice",
     "Provenance",
     "RowFormat",
     "ServingPrecision",
     "SnapshotIdentity",
+    "StoredParameter",
     "StoredVocabulary",
+    "Surgery",
     "Table",
     "TableAccuracy",
     "decode_document",
     "encode_document",
     "parse_manifest",
     "read_manifest",
+    "table_shape",
 ]
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights/tables.safetensors"
 SLOT_BYTES = 16
+PARAMETER_PREFIX = "surgery."
 # The library, and what torch's loader reads beside it, in the folders where that looks.
 AOT_INDUCTOR_FILES = tuple(
     f"data/aotinductor/model/lookup.wrapper{ending}" for ending in (".so", ".json", "_metadata.json")
@@ -163,6 +171,70 @@ class StoredVocabulary:
     def bytes(self) -> int:
         """All slots."""
         return self.capacity * SLOT_BYTES
+
+
+ParameterType = Literal["F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL"]
+PARAMETER_BYTES: dict[ParameterType, int] = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "U8": 1,
+    "BOOL": 1,
+}
+
+
+def table_shape(dims: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a tensor as it is stored: a vector is one row; of more dimensions the first counts rows."""
+    if len(dims) < 2:
+        return 1, math.prod(dims)
+    return dims[0], math.prod(dims[1:])
+
+
+@dataclass(frozen=True)
+class StoredParameter:
+    """A parameter or buffer of the surgery module, in the weight file as `surgery.<parameter>`; `dims` is its shape."""
+
+    parameter: str
+    dtype: ParameterType
+    dims: list[int]
+    offset_bytes: int
+    digest: Digest
+
+    @property
+    def name(self) -> str:
+        """The tensor's name in the weight file."""
+        return f"{PARAMETER_PREFIX}{self.parameter}"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the stored tensor."""
+        return table_shape(self.dims)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of the stored tensor."""
+        return self.shape[1] * PARAMETER_BYTES[self.dtype]
+
+    @property
+    def bytes(self) -> int:
+        """The whole tensor."""
+        return self.shape[0] * self.row_bytes
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """What every graph does to the pooled embeddings: a module of the release, named `package.module:Class`.
+
+    `kwargs` is the canonical JSON of its constructor's arguments, `code` the digest of what TorchScript made of its source.
+    """
+
+    module: str
+    kwargs: str
+    code: Digest
+    parameters: list[StoredParameter]
 
 
 @dataclass(frozen=True)
@@ -305,6 +377,7 @@ class Manifest:
     tables: list[Table]
     features: list[Feature]
     outputs: list[Output]
+    surgery: Surgery | None
     weighted: bool
     weights_offset_bytes: int
     weights_bytes: int
@@ -321,6 +394,11 @@ class Manifest:
     def table(self) -> dict[str, Table]:
         """The tables by name."""
         return {table.name: table for table in self.tables}
+
+    @property
+    def stored_tensors(self) -> list[Table | StoredParameter]:
+        """What the weight file holds: the tables, then the parameters of a surgery."""
+        return [*self.tables, *(self.surgery.parameters if self.surgery else [])]
 
     @cached_property
     def file(self) -> dict[str, File]:
@@ -354,10 +432,11 @@ def compute_artifact_id(manifest: Manifest) -> str:
     """The identity of what the artifact does, as 64 hexadecimal digits.
 
     SHA-256 of the canonical JSON (keys sorted, no spaces, UTF-8) of the tables with their row digests, the
-    vocabularies, the features, the outputs and the kinds of graph. Provenance, reports and the graph files' own bytes
-    are outside it, so that the same rows give the same id from any snapshot format on any machine.
+    vocabularies, the features, the outputs, the kinds of graph and, where there is one, the surgery. Provenance,
+    reports and the graph files' own bytes are outside it, so that the same rows give the same id from any snapshot
+    format on any machine.
     """
-    content = {
+    content: Json = {
         "features": [dataclasses.asdict(feature) for feature in manifest.features],
         "graphs": sorted({graph.backend for graph in manifest.graphs}),
         "outputs": [dataclasses.asdict(output) for output in manifest.outputs],
@@ -376,6 +455,21 @@ def compute_artifact_id(manifest: Manifest) -> str:
             for vocabulary in manifest.vocabularies
         ],
     }
+    if manifest.surgery is not None:
+        content["surgery"] = {
+            "code": str(manifest.surgery.code),
+            "kwargs": manifest.surgery.kwargs,
+            "module": manifest.surgery.module,
+            "parameters": [
+                {
+                    "digest": str(parameter.digest),
+                    "dims": parameter.dims,
+                    "dtype": parameter.dtype,
+                    "parameter": parameter.parameter,
+                }
+                for parameter in manifest.surgery.parameters
+            ],
+        }
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -523,6 +617,7 @@ def _check_digest(data: bytes, name: str, digest: Digest) -> None:
 
 _LIBRARY = re.compile(r"[A-Za-z0-9_]+")
 _HEX = re.compile(r"[0-9a-f]{64}")
+_MOST_DIMS = 64  # as torch
 
 
 def _check_consistency(manifest: Manifest) -> None:
@@ -541,9 +636,8 @@ def _check_consistency(manifest: Manifest) -> None:
         raise ManifestError(f"files: '{WEIGHTS}' is not listed")
     for table in manifest.tables:
         _check_table(table)
-    for name in [table.name for table in manifest.tables] + [feature.name for feature in manifest.features]:
-        if not name or any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
-            raise ManifestError(f"{name!r} cannot name a table or a feature: it is empty, or has control characters")
+    _check_names("a table or a feature", [table.name for table in manifest.tables])
+    _check_names("a table or a feature", [feature.name for feature in manifest.features])
     listed = [figures.table for figures in manifest.accuracy]
     if listed != [table.name for table in manifest.tables]:
         raise ManifestError(f"accuracy: expected one entry a table, in their order, got {listed}")
@@ -571,9 +665,7 @@ def _check_consistency(manifest: Manifest) -> None:
                 raise ManifestError(f"graph '{graph.backend}': {library!r} is no library name")
     if manifest.weighted != any(feature.weighted for feature in manifest.features):
         raise ManifestError(f"weighted is {manifest.weighted}, and the features say otherwise")
-    dims = [(feature.name, manifest.table[feature.table].embedding_dim) for feature in manifest.features]
-    if [(output.key, output.dim) for output in manifest.outputs] != dims:
-        raise ManifestError(f"outputs do not follow from the features, whose dims are {dict(dims)}")
+    _check_outputs(manifest)
     size = manifest.weights_offset_bytes + manifest.weights_bytes
     if manifest.file[WEIGHTS].bytes != size:
         raise ManifestError(f"{WEIGHTS}: {manifest.file[WEIGHTS].bytes} bytes, expected {size} (header and data)")
@@ -600,6 +692,43 @@ def _check_table(table: Table) -> None:
     if table.digest.algorithm != ROWS:
         raise ManifestError(f"table '{table.name}': digest algorithm '{table.digest.algorithm}', expected '{ROWS}'")
     _check_hex(f"table '{table.name}'", table.digest)
+
+
+def _check_names(what: str, names: list[str]) -> None:
+    for name in names:
+        if not name or any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+            raise ManifestError(f"{name!r} cannot name {what}: it is empty, or has control characters")
+
+
+def _check_outputs(manifest: Manifest) -> None:
+    if manifest.surgery is not None:
+        _check_surgery(manifest.surgery, manifest)
+        return
+    dims = [(feature.name, manifest.table[feature.table].embedding_dim) for feature in manifest.features]
+    if [(output.key, output.dim) for output in manifest.outputs] != dims:
+        raise ManifestError(f"outputs do not follow from the features, whose dims are {dict(dims)}")
+
+
+def _check_surgery(surgery: Surgery, manifest: Manifest) -> None:
+    if not manifest.outputs or any(output.dim < 1 for output in manifest.outputs):
+        raise ManifestError(f"outputs of surgery '{surgery.module}': expected one or more, of at least one column each")
+    _check_names("an output", [output.key for output in manifest.outputs])
+    for text in (surgery.module, surgery.kwargs):
+        _check_names("a surgery", [text])
+    if surgery.code.algorithm != SHA256:
+        raise ManifestError(f"surgery: digest algorithm '{surgery.code.algorithm}', expected '{SHA256}'")
+    _check_hex("surgery", surgery.code)
+    _check_names("a parameter", [parameter.parameter for parameter in surgery.parameters])
+    _check_unique("tables and parameters", [tensor.name for tensor in manifest.stored_tensors])
+    for parameter in surgery.parameters:
+        where = f"parameter '{parameter.parameter}'"
+        if len(parameter.dims) > _MOST_DIMS or any(dim < 1 for dim in parameter.dims):
+            raise ManifestError(f"{where}: shape {parameter.dims} is empty, or has more than {_MOST_DIMS} dimensions")
+        if parameter.bytes >= 2**63:
+            raise ManifestError(f"{where}: more bytes than 64 bits can count")
+        if parameter.digest.algorithm != ROWS:
+            raise ManifestError(f"{where}: digest algorithm '{parameter.digest.algorithm}', expected '{ROWS}'")
+        _check_hex(where, parameter.digest)
 
 
 def _check_choices(manifest: Manifest) -> None:

@@ -1,5 +1,6 @@
 """Loads a TorchScript graph from its verified bytes, and attaches the mapped rows to it."""
 
+import functools
 import io
 import itertools
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 
 from runtime_py.errors import GraphError
 from runtime_py.manifest import ROW_FORMATS, Graph, Manifest
+from runtime_py.weights import view_parameters
 
 __all__ = ["last_line", "load_torchscript", "versions"]
 
@@ -34,8 +36,41 @@ def load_torchscript(manifest: Manifest, graph: Graph, data: bytes, weights: tor
             raise GraphError(
                 f"{graph.path} was built for other rows: its {name} is {found}, the manifest says {expected}"
             )
+    _attach_surgery(scripted, manifest, graph, weights)
     scripted.weights = weights
     return scripted
+
+
+def _attach_surgery(scripted: torch.jit.ScriptModule, manifest: Manifest, graph: Graph, weights: torch.Tensor) -> None:
+    """Makes the mapped parameters those of the graph's surgery; placeholders without bytes stand in the file for them."""
+    splice = getattr(scripted, "surgery", None)
+    if manifest.surgery is None and splice is None:
+        return
+    expected: dict[str, Any] = {"feature_names": None, "feature_dims": None, "output_keys": None}
+    if manifest.surgery is not None:
+        expected = {
+            "feature_names": [feature.name for feature in manifest.features],
+            "feature_dims": [manifest.table[feature.table].embedding_dim for feature in manifest.features],
+            "output_keys": [output.key for output in manifest.outputs],
+        }
+    for name, wanted in expected.items():
+        found = getattr(splice, name, None)
+        if found != wanted:
+            raise GraphError(
+                f"{graph.path} was built for another surgery: its {name} is {found}, the manifest says {wanted}"
+            )
+    for name, tensor in view_parameters(manifest, weights).items():
+        owner, _, leaf = f"module.{name}".rpartition(".")
+        module = functools.reduce(lambda node, part: getattr(node, part, None), owner.split("."), splice)
+        placeholder = getattr(module, leaf, None)
+        if not isinstance(placeholder, torch.Tensor) or (placeholder.shape, placeholder.dtype) != (
+            tensor.shape,
+            tensor.dtype,
+        ):
+            raise GraphError(
+                f"{graph.path} was built for another surgery: it has no '{name}' of {list(tensor.shape)} {tensor.dtype}"
+            )
+        setattr(module, leaf, tensor)
 
 
 def _graph_attributes(manifest: Manifest) -> dict[str, Any]:

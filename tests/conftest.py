@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
-from support import TABLES, make_rows, state_dict, with_vocabularies, write_config, write_dcp
+from support import (
+    SPLICED,
+    TABLES,
+    make_head,
+    make_rows,
+    state_dict,
+    surgery_state,
+    with_vocabularies,
+    write_config,
+    write_dcp,
+)
 
 # Two processes of tests on two cores: torch's default of two threads each only makes them wait for one another.
 torch.set_num_threads(1)
@@ -47,6 +57,23 @@ def vocabulary_artifact(tmp_path_factory: pytest.TempPathFactory, dcp_snapshot: 
     folder = tmp_path_factory.mktemp("vocabularies")
     config = write_config(folder / "release.yaml", dcp_snapshot, with_vocabularies(folder / "entities"))
     return build_artifact(config, folder / "artifact", workers=2).artifact
+
+
+@pytest.fixture(scope="session")
+def surgery_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All three graphs with a surgery: `surgeries:Head` over sum, mean and weighted features. Needs g++; takes 15 s."""
+    from export import build_artifact
+
+    folder = tmp_path_factory.mktemp("surgery")
+    torch.save(state_dict(make_rows(SPLICED)) | surgery_state(make_head()), folder / "snapshot.pt")
+    config = write_config(
+        folder / "release.yaml",
+        folder / "snapshot.pt",
+        SPLICED,
+        serving={"graphs": ["torchscript", "aot_inductor", "onnx"]},
+        surgery={"module": "surgeries:Head", "kwargs": {"width": 39}},
+    )
+    return build_artifact(config, folder / "artifact", workers=1).artifact
 
 
 @pytest.fixture

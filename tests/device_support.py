@@ -50,6 +50,7 @@ def describe(tables: dict[str, tuple[int, int, str]], features: dict[str, str] |
         weighted=False,
         weights_offset_bytes=4096,
         weights_bytes=sum(table.bytes for table in made),
+        surgery=None,
         vocabularies=[],
         graphs=[Graph("torchscript", "cpu", "graphs/lookup.torchscript.pt", [], "2", "1")],
         files=[],

@@ -25,6 +25,12 @@ TABLES: list[dict[str, Any]] = [
     {"name": "tag", "num_embeddings": 7, "embedding_dim": 16, "data_type": "fp32", "pooling": "mean"},
     {"name": "age", "num_embeddings": 1, "embedding_dim": 4, "data_type": "fp32", "serving_precision": "fp32"},
 ]
+# For a surgery: 39 columns of embeddings, some rows quantized, one table pooled by mean, one with weights.
+SPLICED: list[dict[str, Any]] = [
+    TABLES[0] | {"serving_precision": "int8"},
+    *TABLES[1:],
+    {"name": "seen", "num_embeddings": 40, "embedding_dim": 5, "data_type": "fp32", "weighted": True},
+]
 # Entity ids by row: `user` has holes at its end, `item` has none.
 ENTITIES: dict[str, list[int]] = {
     "user": [(-1) ** row * (2**40 + 7 * row) for row in range(250)],
@@ -49,6 +55,32 @@ def make_rows(tables: list[dict[str, Any]], seed: int = 0) -> dict[str, torch.Te
 def state_dict(rows: Mapping[str, torch.Tensor], prefix: str = PREFIX) -> dict[str, torch.Tensor]:
     """Rows under the names that training gives them."""
     return {f"{prefix}.embedding_bags.{name}.weight": tensor for name, tensor in rows.items()}
+
+
+def surgery_state(module: torch.nn.Module, prefix: str = PREFIX) -> dict[str, torch.Tensor]:
+    """A surgery's state under the names that training gives it."""
+    parent = prefix.rpartition(".")[0]
+    return {
+        f"{parent}.surgery_cut_point.{name}": tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def make_head() -> torch.nn.Module:
+    """`surgeries.Head` over `SPLICED`, trained: every tensor of its state is random."""
+    from surgeries import Head
+
+    generator = torch.Generator().manual_seed(9)
+    head = Head(39)
+    for name, tensor in head.state_dict().items():
+        if tensor.dtype is torch.bool:
+            tensor.copy_(torch.arange(len(tensor)) % 3 > 0)
+        elif tensor.is_floating_point():
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.1 if "var" in name else
+                         torch.randn(tensor.shape, generator=generator) / 2)  # fmt: skip
+        else:
+            tensor.fill_(12_345)
+    return head.eval()
 
 
 def write_dcp(folder: Path, rows: Mapping[str, torch.Tensor]) -> Path:

@@ -603,6 +603,7 @@ def huge(tmp_path: Path) -> Path:
         tables=tables,
         features=features,
         outputs=[Output("huge", dim)],
+        surgery=None,
         weighted=False,
         weights_offset_bytes=len(header),
         weights_bytes=5 * 2**30,

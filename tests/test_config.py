@@ -722,10 +722,31 @@ def test_a_release_is_built_in_inference_mode_only(tmp_path: Path, mode: str) ->
     assert message.endswith(f"a release is built in mode 'inference', got '{mode}'")
 
 
-def test_a_surgery_is_refused_as_something_that_this_version_does_not_do(tmp_path: Path) -> None:
-    message = refusal(tmp_path, release_with('surgery: {module: "package.module:Class"}'))
-    assert message.startswith("release.yaml:9: surgery: ")
-    assert_matches("not supported by this version|this version does not", message)
+def test_a_surgery_names_a_class_and_its_arguments(tmp_path: Path) -> None:
+    config = load(tmp_path, release_with('surgery: {module: "a.b:C", kwargs: {keys: [user], eps: 1.0e-6}}'))
+    assert config.surgery is not None
+    assert (config.surgery.module, config.surgery.prefix) == ("a.b:C", None)
+    assert config.surgery.kwargs == {"keys": ["user"], "eps": 1e-6}
+
+
+@pytest.mark.parametrize(
+    ("surgery", "key", "problem"),
+    [
+        ("{kwargs: {}}", "surgery.module", "Field required"),
+        ("{module: a.b.C}", "surgery.module", "expected 'package.module:Class', got 'a.b.C'"),
+        ('{module: "a b:C"}', "surgery.module", "expected 'package.module:Class', got 'a b:C'"),
+        ('{module: "a:C", kwarg: {}}', "surgery.kwarg", "unknown key; did you mean 'kwargs'?"),
+        ('{module: "a:C", kwargs: {x: .inf}}', "surgery.kwargs", "finite numbers"),
+        ('{module: "a:C", kwargs: {x: 2026-11-25}}', "surgery.kwargs", "expected text, finite numbers, booleans, null"),
+        ('{module: "a:C", prefix: ""}', "surgery.prefix", "at least 1 character"),
+    ],
+)
+def test_a_surgery_that_is_not_well_formed_is_refused_by_key(
+    tmp_path: Path, surgery: str, key: str, problem: str
+) -> None:
+    message = refusal(tmp_path, release_with(f"surgery: {surgery}"))
+    assert message.startswith(f"release.yaml:9: {key}: ")
+    assert problem in message
 
 
 def test_a_budget_of_no_table_is_refused_with_the_tables_that_there_are(tmp_path: Path) -> None:

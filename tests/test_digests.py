@@ -141,6 +141,7 @@ def write_weights(folder: Path, shapes: list[tuple[int, int, str]], seed: int) -
         tables=finished,
         features=[Feature(table.name, table.name, "sum", False) for table in finished],
         outputs=[Output(table.name, table.embedding_dim) for table in finished],
+        surgery=None,
         weighted=False,
         weights_offset_bytes=len(header),
         weights_bytes=len(data),

@@ -237,6 +237,7 @@ NULLABLE = (
     "step",
     "isa",
     "opset",
+    "surgery",
     "relative_l2",
     "row_relative_l2",
     "mean_cosine",
@@ -259,7 +260,7 @@ def test_a_wrong_type_is_refused_at_every_level(document: Document) -> None:
     for path, value in walk(document):
         if not path or path == ("format_version",):
             continue
-        kind = {"step": int, "opset": int, "isa": str}.get(str(path[-1]), type(value))
+        kind = {"step": int, "opset": int, "isa": str, "surgery": dict}.get(str(path[-1]), type(value))
         for wrong in WRONG[kind]:
             if path[-1] in NULLABLE and wrong is None:
                 continue

@@ -116,6 +116,7 @@ def make_data(*entries: dict[str, Any], **changes: Any) -> ReportData:
         tables=tables,
         features=[Feature(table.name, table.name, "sum", False) for table in tables],
         outputs=[Output(table.name, table.embedding_dim) for table in tables],
+        surgery=None,
         weighted=False,
         weights_offset_bytes=4096,
         weights_bytes=weights_bytes,

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from support import make_rows, state_dict, write_config, write_entities
 
 from runtime_py import ArtifactError, InvalidInputError, load_artifact, verify_artifact
+from runtime_py.manifest import compute_artifact_id, read_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -448,6 +450,95 @@ def test_an_answer_is_that_of_the_python_loader_bit_for_bit(serve, every_kind, b
     np.testing.assert_array_equal(
         np.array(found, np.float32).reshape(expected.shape).view(np.int32), expected.numpy().view(np.int32)
     )
+
+
+# --- A surgery -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["torchscript", "aot_inductor"])
+def test_a_surgery_is_replayed_within_the_tolerance_and_answers_as_in_python(serve, surgery_artifact, backend):
+    done = serve(surgery_artifact, "--backend", backend, "replay", "--threads", "2")
+    assert (done.returncode, done.stdout) == (0, f"{surgery_artifact}: 7 golden cases within their tolerance\n"), done
+    values, lengths, weights = list(range(6)), [1] * 6, [1.0, 1.0, 1.0, 1.0, 1.0, -0.5]
+    values[4] = 0  # a table of one row
+    done = lookup(serve, surgery_artifact, values, lengths, weights, "--backend", backend)
+    found = [float(word) for word in done.stdout.split()]
+    request = torch.tensor(values), torch.tensor(lengths, dtype=torch.int32), torch.tensor(weights)
+    [expected] = load_artifact(surgery_artifact, backend=backend).lookup(*request).tolist()
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_answer_beyond_its_tolerance_is_named(serve, surgery_artifact, tmp_path):
+    copy = Path(shutil.copytree(surgery_artifact, tmp_path / "artifact"))
+    tensors = load_file(copy / GOLDEN)
+    tensors["04 duplicate ids/pooled"][1, 1] += 3 * tensors["04 duplicate ids/tolerance"][1, 1]
+    save_file(tensors, copy / GOLDEN)
+    document = json.loads((copy / "manifest.json").read_text())
+    entry = next(file for file in document["files"] if file["path"] == GOLDEN)
+    entry["digest"]["value"] = hashlib.sha256((copy / GOLDEN).read_bytes()).hexdigest()
+    (copy / "manifest.json").write_text(seal(document))
+    line = refused(serve(copy, "replay"))
+    assert line.startswith(f"{copy}: golden case '04 duplicate ids': output 'output', bag 1: column 1 is ")
+
+
+SURGERY_EDITS = {
+    "no surgery": put("surgery", None),
+    "unknown field": put("surgery", "color", "red"),
+    "no module": put("surgery", "module", ""),
+    "arguments": put("surgery", "kwargs", "\n"),
+    "algorithm of the code": put("surgery", "code", "algorithm", "md5"),
+    "digest of the code": put("surgery", "code", "value", "F" * 64),
+    "no outputs": put("outputs", []),
+    "output without columns": put("outputs", 0, "dim", 0),
+    "output without a name": put("outputs", 0, "key", ""),
+    "parameter twice": lambda document: document["surgery"]["parameters"].append(document["surgery"]["parameters"][0]),
+    "parameter of no values": put("surgery", "parameters", 0, "dims", [0]),
+    "parameter of too many": put("surgery", "parameters", 0, "dims", [1] * 65),
+    "parameter without a name": put("surgery", "parameters", 0, "parameter", ""),
+    "algorithm of a parameter": put("surgery", "parameters", 0, "digest", "algorithm", "sha256"),
+    "digest of a parameter": put("surgery", "parameters", 0, "digest", "value", "z"),
+    "id": put("surgery", "kwargs", "{}"),
+}
+
+
+@pytest.fixture
+def surgery_copy(surgery_artifact, tmp_path):
+    return Path(shutil.copytree(surgery_artifact, tmp_path / "artifact"))
+
+
+@pytest.mark.parametrize("edit", SURGERY_EDITS)
+def test_a_surgery_is_refused_in_the_words_of_the_python_loader(serve, surgery_copy, edit):
+    document = json.loads((surgery_copy / "manifest.json").read_text())
+    SURGERY_EDITS[edit](document)
+    (surgery_copy / "manifest.json").write_text(seal(document))
+    assert refused(serve(surgery_copy, "replay")) == refusal_of_python(surgery_copy)
+
+
+@pytest.mark.parametrize("edit", ["offset", "digest"])
+def test_a_weight_file_with_another_parameter_is_refused_in_the_words_of_the_python_loader(serve, surgery_copy, edit):
+    manifest = read_manifest(surgery_copy)
+    parameters = list(manifest.surgery.parameters)
+    if edit == "offset":
+        parameters[1] = replace(parameters[1], offset_bytes=parameters[1].offset_bytes + 4)
+    else:
+        parameters[1] = replace(parameters[1], digest=replace(parameters[1].digest, value="1" * 64))
+    manifest = replace(manifest, surgery=replace(manifest.surgery, parameters=parameters))
+    manifest = replace(manifest, artifact_id=compute_artifact_id(manifest))
+    (surgery_copy / "manifest.json").write_bytes(manifest.to_bytes())
+    line = refused(serve(surgery_copy, "replay"))
+    assert line == refusal_of_python(surgery_copy)
+    assert f"surgery.{parameters[1].parameter}'" in line
+
+
+def test_a_graph_of_another_surgery_is_refused(serve, surgery_copy):
+    manifest = read_manifest(surgery_copy)
+    manifest = replace(manifest, outputs=[replace(manifest.outputs[0], key="other")])
+    manifest = replace(manifest, artifact_id=compute_artifact_id(manifest))
+    (surgery_copy / "manifest.json").write_bytes(manifest.to_bytes())
+    with pytest.raises(ArtifactError) as caught:
+        load_artifact(surgery_copy)
+    assert refused(serve(surgery_copy, "replay")) == str(caught.value)
+    assert "its output_keys is ['output'], the manifest says ['other']" in str(caught.value)
 
 
 # --- The load generator ----------------------------------------------------------------------------------------------

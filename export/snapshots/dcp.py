@@ -15,7 +15,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from export.errors import SnapshotError
-from export.snapshots.rows import Blob, StoredTensor, read_commit_mark
+from export.snapshots.rows import Blob, StoredTensor, read_commit_mark, rectangle
 from export.snapshots.torch_files import FileSlice, TorchFile
 from export.storage import Location, RemoteFile, is_plain_name, join, map_files, open_seekable
 from runtime_py.digests import sha256
@@ -113,8 +113,9 @@ class DcpIndex:
         return map_files(partial(self._locate_shard, name), shards, [self._path])
 
     def _locate_shard(self, name: str, shard: _Shard) -> Blob:
-        if len(shard.offsets) != 2 or len(shard.sizes) != 2:
-            raise SnapshotError(f"{self._path}: '{name}': the shard at {shard.offsets} is not of two dimensions")
+        place = rectangle(shard.offsets, shard.sizes, self.tensors[name].shape)
+        if place is None:
+            raise SnapshotError(f"{self._path}: '{name}': the shard at {shard.offsets} is no rectangle of the tensor")
         if shard.place is None:
             raise SnapshotError(f"{self._path}: '{name}': the shard at {shard.offsets} is in no file")
         relative_path, offset, length = shard.place
@@ -133,4 +134,4 @@ class DcpIndex:
             got = f"{list(tensor.shape)} {tensor.dtype}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             wanted = f"{list(shard.sizes)} {expected}"
             raise SnapshotError(f"{path}: the shard of '{name}' at {shard.offsets} is {got}, expected {wanted}")
-        return Blob(path, offset + saved.values_offset(name, tensor), *shard.offsets, *shard.sizes)
+        return Blob(path, offset + saved.values_offset(name, tensor), *place)

@@ -4,6 +4,7 @@ Every format comes down to this: a blob is a rectangle of the table that lies, l
 offset of some file. Nothing is mapped and nothing is loaded whole, so memory does not grow with the table.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,7 @@ from export.storage import Location, fingerprints, map_files, read_range, read_w
 from runtime_py.digests import Digest
 from runtime_py.tensor_file import tensor_bytes
 
-__all__ = ["Blob", "SnapshotIndex", "StoredTensor", "TableRows", "identify", "read_commit_mark"]
+__all__ = ["Blob", "SnapshotIndex", "StoredTensor", "TableRows", "identify", "read_commit_mark", "rectangle"]
 
 _FETCHES = 4  # at a time, for each thread that takes chunks, and no more than
 _FETCHED_BYTES = 4 << 20  # at a time, where that is more than one: a driver has two or three copies of a range
@@ -55,7 +56,27 @@ class SnapshotIndex(Protocol):
     tensors: dict[str, StoredTensor]
 
     def locate(self, name: str) -> list[Blob]:
-        """The blobs of one 2-D tensor; raises SnapshotError where the files are not what the index says."""
+        """The blobs of one tensor, as a table (see `rectangle`).
+
+        Raises:
+            SnapshotError: the files are not what the index says.
+        """
+
+
+def rectangle(offsets: Sequence[int], sizes: Sequence[int], shape: Sequence[int]) -> tuple[int, int, int, int] | None:
+    """A part of a tensor of any shape as row, column, rows and columns of `table_shape(shape)`; None where it is none.
+
+    Of more than two dimensions, a part is one where only the first is cut.
+    """
+    if len(offsets) != len(shape) or len(sizes) != len(shape):
+        return None
+    if len(shape) == 2:
+        return offsets[0], offsets[1], sizes[0], sizes[1]
+    if len(shape) < 2:
+        return 0, offsets[0] if offsets else 0, 1, sizes[0] if sizes else 1
+    if list(sizes[1:]) != list(shape[1:]):
+        return None
+    return offsets[0], 0, sizes[0], math.prod(sizes[1:])
 
 
 def read_commit_mark(file: Location) -> bytes:

@@ -13,7 +13,7 @@ import torch
 
 from export.errors import SnapshotError
 from export.snapshots.dcp_sharding_info import SHARDING_INFO, check_counts, read_offsets
-from export.snapshots.rows import Blob, StoredTensor
+from export.snapshots.rows import Blob, StoredTensor, rectangle
 from export.storage import (
     Location,
     find_files,
@@ -166,11 +166,14 @@ class SafetensorsIndex:
 
     def locate(self, name: str) -> list[Blob]:
         """The blobs of a tensor: one for each part that is not empty."""
-        return [
-            Blob(part.file, part.offset_bytes, *part.offsets, *part.sizes)
-            for part in self._parts[name]
-            if 0 not in part.sizes
-        ]
+        blobs = []
+        for part in self._parts[name]:
+            place = rectangle(part.offsets, part.sizes, self.tensors[name].shape)
+            if place is None:
+                raise SnapshotError(f"{part.file}: '{name}': the part at {part.offsets} is no rectangle of the tensor")
+            if 0 not in part.sizes:
+                blobs.append(Blob(part.file, part.offset_bytes, *place))
+        return blobs
 
 
 def _check_consolidated(path: Location) -> None:

@@ -3,6 +3,7 @@
 import difflib
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -24,7 +25,7 @@ from export.storage import (
     open_seekable,
     redact,
 )
-from runtime_py.manifest import SnapshotIdentity
+from runtime_py.manifest import SnapshotIdentity, table_shape
 
 __all__ = ["Snapshot", "open_snapshot"]
 
@@ -35,11 +36,12 @@ _INDEXES: dict[SnapshotFormat, Callable[[Location], SnapshotIndex]] = {
     SnapshotFormat.STATE_DICT: StateDictIndex,
 }
 _BAGS = "embedding_bags."
+CUT_POINT = "surgery_cut_point"  # of `LargeEmbeddings`
 _DTYPES = {DataType.FP32: torch.float32, DataType.FP16: torch.float16}
 
 
 class Snapshot:
-    """An opened snapshot: its identity, and the rows of a table by the table's name."""
+    """An opened snapshot: its identity, the rows of a table by the table's name, and the parameters of a surgery."""
 
     def __init__(self, config: SnapshotConfig, path: Location, step: int | None, index: SnapshotIndex) -> None:
         self._path = path
@@ -73,6 +75,53 @@ class Snapshot:
                 f"data_type: {table.data_type}; correct one of them"
             )
         return TableRows(tensor, self._index.locate(tensor.name))
+
+    def parameter(self, name: str, like: torch.Tensor, prefix: str | None) -> torch.Tensor:
+        """The values of a surgery's parameter or buffer, which `prefix` (default: found) and `name` name.
+
+        Args:
+            name: what the module calls it.
+            like: of the shape and the type that the module expects.
+            prefix: what stands before; by default `surgery_cut_point` beside the collection of tables.
+
+        Raises:
+            SnapshotError: it is missing or ambiguous, has another shape or type, or its files are incomplete.
+        """
+        tensor = self._find_parameter(name, prefix)
+        if (tensor.shape, tensor.dtype) != (tuple(like.shape), like.dtype):
+            raise SnapshotError(
+                f"{self._path} has '{tensor.name}' of shape {list(tensor.shape)} and type {tensor.dtype}, the module's "
+                f"'{name}' is {list(like.shape)} {like.dtype}; correct kwargs or the module"
+            )
+        shape = table_shape(tensor.shape)
+        rows = TableRows(replace(tensor, shape=shape), self._index.locate(tensor.name))
+        values = torch.empty(shape, dtype=tensor.dtype)
+        rows.read(0, values)
+        return values.view(tensor.shape)
+
+    def _find_parameter(self, name: str, prefix: str | None) -> StoredTensor:
+        names = self._index.tensors
+        if prefix is None and self._prefix is not None:
+            parent = self._prefix.rstrip(".").rpartition(".")[0]
+            prefix = f"{parent}.{CUT_POINT}" if parent else CUT_POINT
+        if prefix is not None:
+            wanted = f"{prefix.rstrip('.')}.{name}"
+            found = [wanted] if wanted in names else []
+        else:
+            end = f"{CUT_POINT}.{name}"
+            wanted = f"…{end}"
+            found = [candidate for candidate in names if candidate == end or candidate.endswith(f".{end}")]
+        if len(found) > 1:
+            raise SnapshotError(
+                f"{self._path} has {len(found)} candidates for '{name}': {', '.join(found)}; say which with surgery.prefix"
+            )
+        if not found:
+            others = [other for other in names if _BAGS not in other]
+            near = difflib.get_close_matches(wanted, others, n=10, cutoff=0.0)
+            raise SnapshotError(
+                f"{self._path} has no tensor '{wanted}' for '{name}'; beside tables it has: {', '.join(near) or 'nothing'}"
+            )
+        return names[found[0]]
 
     def _find(self, table: str, stored_name: str) -> StoredTensor:
         end = f"{_BAGS}{stored_name}.weight"

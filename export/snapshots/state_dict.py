@@ -12,6 +12,7 @@ from export.snapshots.rows import Blob, StoredTensor
 from export.snapshots.torch_files import TorchFile
 from export.storage import Location, open_seekable
 from runtime_py.digests import Digest
+from runtime_py.manifest import table_shape
 
 __all__ = ["StateDictIndex"]
 
@@ -44,9 +45,9 @@ class StateDictIndex:
         }
 
     def locate(self, name: str) -> list[Blob]:
-        """The one blob of a tensor."""
+        """The one blob of a tensor, as a table."""
         tensor = self._tensors[name]
-        rows, columns = tensor.shape
+        rows, columns = table_shape(tensor.shape)
         return [Blob(self._path, self._file.values_offset(name, tensor), 0, 0, rows, columns)]
 
     def _collect(self, node: Any, name: str, parents: tuple[int, ...]) -> None:

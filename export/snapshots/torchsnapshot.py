@@ -5,6 +5,7 @@ which tensor. The library that writes them loads a whole table to read a row; he
 """
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
@@ -15,7 +16,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from export.errors import SnapshotError
-from export.snapshots.rows import Blob, StoredTensor, read_commit_mark
+from export.snapshots.rows import Blob, StoredTensor, read_commit_mark, rectangle
 from export.storage import Location, join
 from runtime_py.digests import sha256
 
@@ -112,7 +113,11 @@ class TorchsnapshotIndex:
     def _locate_parts(self, name: str) -> Iterator[Blob]:
         for part in self._parts[name]:
             stored = part["tensor"]
-            (row, column), (rows, columns) = part["offsets"], part["sizes"]
+            place = rectangle(part["offsets"], part["sizes"], self.tensors[name].shape)
+            if place is None:
+                raise SnapshotError(
+                    f"{self._file}: '{name}': the part at {part['offsets']} is no rectangle of the tensor"
+                )
             if stored["shape"] != part["sizes"]:
                 raise SnapshotError(f"{self._file}: '{name}': {stored['shape']} stored for a part of {part['sizes']}")
             if stored["serializer"] != "buffer_protocol":
@@ -121,9 +126,9 @@ class TorchsnapshotIndex:
             location = PurePosixPath(stored["location"])
             if location.is_absolute() or ".." in location.parts:
                 raise SnapshotError(f"{self._file}: '{name}': '{location}' leaves the folder")
-            size = rows * columns * self.tensors[name].dtype.itemsize
+            size = math.prod(part["sizes"]) * self.tensors[name].dtype.itemsize
             start, end = stored.get("byte_range") or (0, size)
             if start < 0 or end - start != size:
                 raise SnapshotError(f"{self._file}: '{name}': byte range {start}-{end}, expected {size} bytes")
             if size:
-                yield Blob(join(self._path, str(location)), start, row, column, rows, columns)
+                yield Blob(join(self._path, str(location)), start, *place)

@@ -27,7 +27,7 @@ using Clock = std::chrono::steady_clock;
 
 constexpr const char* kUsage =
     "usage: serve ARTIFACT --operators DIR [--backend torchscript|aot_inductor] [--no-digests] COMMAND\n"
-    "  replay [--threads T]                          replay the golden cases, bit for bit, on each thread\n"
+    "  replay [--threads T]                          replay the golden cases on each thread\n"
     "  lookup --values IDS --lengths LENGTHS         answer one request, lists separated by commas\n"
     "         [--weights WEIGHTS] [--zero-ids]\n"
     "  load [--threads T] [--seconds S] [--bags B]   random requests of B bags a feature, of 0 to L ids each\n"
@@ -179,15 +179,19 @@ std::string spell_float(float number) {
   return {digits.data(), std::to_chars(digits.data(), digits.data() + digits.size(), number).ptr};
 }
 
-/// Says where an answer is another one than when the artifact was built; nothing where it is the same, bit for bit.
+/// Says where an answer is another one than when the artifact was built; nothing where it is the same, bit for bit or,
+/// after a surgery, within the case's tolerance.
 std::optional<std::string> describe_difference(const Artifact& artifact, const at::Tensor& pooled,
-                                               const at::Tensor& expected) {
+                                               const at::Tensor& expected, const std::optional<at::Tensor>& tolerance) {
   if (pooled.sizes() != expected.sizes()) return c10::str("shape ", pooled.sizes(), ", expected ", expected.sizes());
   const at::Tensor answer = pooled.contiguous();
   const auto* now = answer.const_data_ptr<float>();
   const auto* before = expected.const_data_ptr<float>();
   for (std::int64_t i = 0; i < answer.numel(); ++i) {
     if (std::bit_cast<std::uint32_t>(now[i]) == std::bit_cast<std::uint32_t>(before[i])) continue;
+    if (tolerance && std::abs(double{now[i]} - double{before[i]}) <= double{tolerance->const_data_ptr<float>()[i]}) {
+      continue;
+    }
     const std::int64_t column = i % answer.size(1);
     return text("output '", output_of(artifact, column), "', bag ", i / answer.size(1), ": column ", column, " is ",
                 spell_float(now[i]), ", and was ", spell_float(before[i]),
@@ -211,8 +215,12 @@ void replay_cases(const Artifact& artifact, const std::string& path, const std::
     if (!values || !lengths || !expected || expected->dim() != 2 || expected->scalar_type() != at::kFloat) {
       throw ArtifactError(where + "has no values, lengths and pooled float32 [B, columns]; build the artifact again");
     }
+    const std::optional<at::Tensor> tolerance = part("tolerance");
+    if (tolerance && (tolerance->sizes() != expected->sizes() || tolerance->scalar_type() != at::kFloat)) {
+      throw ArtifactError(where + "its tolerance is not of the shape of pooled; build the artifact again");
+    }
     const at::Tensor pooled = artifact.lookup(*values, *lengths, part("per_sample_weights"));
-    const std::optional<std::string> difference = describe_difference(artifact, pooled, *expected);
+    const std::optional<std::string> difference = describe_difference(artifact, pooled, *expected, tolerance);
     if (difference) throw ArtifactError(where + *difference);
   }
 }
@@ -225,7 +233,8 @@ int replay(const Artifact& artifact, const Arguments& arguments) {
     throw ArtifactError(text(arguments.artifact, "/", kGolden, ": has no cases; build the artifact again"));
   large_embeddings::detail::run_on_threads(static_cast<int>(arguments.threads),
                                            [&] { replay_cases(artifact, arguments.artifact, tensors, cases); });
-  std::cout << arguments.artifact << ": " << cases.size() << " golden cases bit for bit\n";
+  std::cout << arguments.artifact << ": " << cases.size() << " golden cases "
+            << (artifact.manifest().surgery ? "within their tolerance" : "bit for bit") << "\n";
   return 0;
 }
 

@@ -85,6 +85,7 @@ def write_artifact(folder: Path, specs: list[Spec], *, digests: bool = True) -> 
         weighted=any(feature.weighted for feature in features),
         weights_offset_bytes=len(header),
         weights_bytes=rows_bytes,
+        surgery=None,
         vocabularies=[],
         graphs=[Graph("torchscript", "cpu", GRAPH, OPERATOR_LIBRARIES, torch.__version__, "unknown")],
         files=[File(WEIGHTS, len(header) + rows_bytes, whole), File(GRAPH, len(graph), sha256(graph))],

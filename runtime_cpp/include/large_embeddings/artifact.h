@@ -169,6 +169,23 @@ struct Feature {
   bool weighted = false;
 };
 
+/// A parameter or buffer of a surgery, at `offset_bytes` of the weight data, of the safetensors type `dtype`.
+struct Parameter {
+  std::string name;
+  std::string dtype;
+  std::vector<std::int64_t> dims;
+  std::int64_t offset_bytes = 0;
+  Digest digest;
+};
+
+/// What every graph does to the pooled embeddings: a module of the release. The graphs hold it; no class is needed.
+struct Surgery {
+  std::string module;
+  std::string kwargs;  // JSON
+  Digest code;
+  std::vector<Parameter> parameters;
+};
+
 /// One block of output columns, in graph order: [`first_column`, `end_column`) of what `lookup` returns.
 struct Output {
   std::string key;
@@ -202,6 +219,7 @@ struct Manifest {
   std::vector<Table> tables;
   std::vector<Feature> features;
   std::vector<Output> outputs;
+  std::optional<Surgery> surgery;
   bool weighted = false;
   std::int64_t weights_offset_bytes = 0;
   std::int64_t weights_bytes = 0;
@@ -611,6 +629,44 @@ inline Output as_output(const Json& value, const std::string& where) {
   return {fields.get("key", as_text), fields.get("dim", as_integer)};
 }
 
+/// How a parameter's values are stored.
+struct ParameterType {
+  std::string_view dtype;  // the safetensors name
+  at::ScalarType type;
+  std::int64_t bytes;
+};
+
+constexpr std::array<ParameterType, 8> kParameterTypes = {{{"F64", at::kDouble, 8},
+                                                           {"F32", at::kFloat, 4},
+                                                           {"F16", at::kHalf, 2},
+                                                           {"BF16", at::kBFloat16, 2},
+                                                           {"I64", at::kLong, 8},
+                                                           {"I32", at::kInt, 4},
+                                                           {"U8", at::kByte, 1},
+                                                           {"BOOL", at::kBool, 1}}};
+
+/// The type of a name that is known to be one.
+inline const ParameterType& parameter_type(std::string_view dtype) {
+  return *std::find_if(kParameterTypes.begin(), kParameterTypes.end(),
+                       [&](const ParameterType& type) { return type.dtype == dtype; });
+}
+
+inline Parameter as_parameter(const Json& value, const std::string& where) {
+  const auto integers = [](const Json& list, const std::string& at) { return as_list(list, at, as_integer); };
+  std::vector<std::string> types;
+  for (const ParameterType& type : kParameterTypes) types.emplace_back(type.dtype);
+  const Fields fields(value, where, {"parameter", "dtype", "dims", "offset_bytes", "digest"});
+  return {fields.get("parameter", as_text), fields.get("dtype", as_one_of, types), fields.get("dims", integers),
+          fields.get("offset_bytes", as_integer), fields.get("digest", as_digest)};
+}
+
+inline Surgery as_surgery(const Json& value, const std::string& where) {
+  const auto parameters = [](const Json& list, const std::string& at) { return as_list(list, at, as_parameter); };
+  const Fields fields(value, where, {"module", "kwargs", "code", "parameters"});
+  return {fields.get("module", as_text), fields.get("kwargs", as_text), fields.get("code", as_digest),
+          fields.get("parameters", parameters)};
+}
+
 inline Graph as_graph(const Json& value, const std::string& where) {
   const auto texts = [](const Json& list, const std::string& at) { return as_list(list, at, as_text); };
   const Fields fields(
@@ -774,7 +830,7 @@ inline void check_path(const std::string& path) {
   if (path == kManifest) throw ManifestError(text("files: '", kManifest, "' must not list itself"));
 }
 
-inline void check_name(const std::string& name) {
+inline void check_name(const std::string& name, const char* what = "a table or a feature") {
   bool allowed = !name.empty();
   for (std::size_t i = 0; i < name.size(); ++i) {
     const auto byte = static_cast<unsigned char>(name[i]);
@@ -783,7 +839,7 @@ inline void check_name(const std::string& name) {
     if (byte < 0x20 || byte == 0x7F || (byte == 0xC2 && next < 0xA0)) allowed = false;
   }
   if (!allowed) {
-    throw ManifestError(text(quote(name), " cannot name a table or a feature: it is empty, or has control characters"));
+    throw ManifestError(text(quote(name), " cannot name ", what, ": it is empty, or has control characters"));
   }
 }
 
@@ -829,6 +885,19 @@ inline TensorShape tensor_shape(const Table& table) {
 
 inline TensorShape tensor_shape(const StoredVocabulary& vocabulary) {
   return {vocabulary.table, "I64", vocabulary.capacity, 2, kSlotBytes, vocabulary.digest};
+}
+
+inline TensorShape tensor_shape(const Parameter& parameter) {
+  const std::string where = "parameter '" + parameter.name + "'";
+  // A vector is one row; of more dimensions the first counts rows.
+  std::int64_t columns = 1;
+  for (std::size_t i = parameter.dims.size() < 2 ? 0 : 1; i < parameter.dims.size(); ++i) {
+    columns = multiply(columns, parameter.dims[i], where);
+  }
+  const std::int64_t rows = parameter.dims.size() < 2 ? 1 : parameter.dims.front();
+  const std::int64_t row_bytes = multiply(columns, parameter_type(parameter.dtype).bytes, where);
+  multiply(rows, row_bytes, where);
+  return {"surgery." + parameter.name, parameter.dtype, rows, columns, row_bytes, parameter.digest};
 }
 
 /// The tensors in file order, with their offsets: ordered by the largest power of two up to 4096 that divides their row
@@ -945,7 +1014,44 @@ inline void check_graphs(const Manifest& manifest) {
   }
 }
 
+inline void check_surgery(const Manifest& manifest) {
+  const Surgery& surgery = *manifest.surgery;
+  const bool columns = std::all_of(manifest.outputs.begin(), manifest.outputs.end(),
+                                   [](const Output& output) { return output.dim >= 1; });
+  if (manifest.outputs.empty() || !columns) {
+    throw ManifestError(
+        text("outputs of surgery '", surgery.module, "': expected one or more, of at least one column each"));
+  }
+  for (const Output& output : manifest.outputs) check_name(output.key, "an output");
+  check_name(surgery.module, "a surgery");
+  check_name(surgery.kwargs, "a surgery");
+  if (surgery.code.algorithm != kSha256) {
+    throw ManifestError(text("surgery: digest algorithm '", surgery.code.algorithm, "', expected '", kSha256, "'"));
+  }
+  check_hexadecimal("surgery", surgery.code);
+  for (const Parameter& parameter : surgery.parameters) check_name(parameter.name, "a parameter");
+  std::vector<std::string> stored = names_of(manifest.tables, &Table::name);
+  for (const Parameter& parameter : surgery.parameters) stored.push_back("surgery." + parameter.name);
+  check_unique("tables and parameters", stored);
+  for (const Parameter& parameter : surgery.parameters) {
+    const std::string where = "parameter '" + parameter.name + "'";
+    std::vector<std::string> dims;
+    for (const std::int64_t dim : parameter.dims) dims.push_back(std::to_string(dim));
+    const bool empty = std::any_of(parameter.dims.begin(), parameter.dims.end(), [](auto dim) { return dim < 1; });
+    if (empty || dims.size() > 64) {
+      throw ManifestError(text(where, ": shape [", join(dims), "] is empty, or has more than 64 dimensions"));
+    }
+    tensor_shape(parameter);  // its bytes can be counted
+    if (parameter.digest.algorithm != kRows) {
+      throw ManifestError(
+          text(where, ": digest algorithm '", parameter.digest.algorithm, "', expected '", kRows, "'"));
+    }
+    check_hexadecimal(where, parameter.digest);
+  }
+}
+
 inline void check_outputs(const Manifest& manifest) {
+  if (manifest.surgery) return check_surgery(manifest);
   std::vector<std::string> dims;
   bool follow = manifest.outputs.size() == manifest.features.size();
   for (std::size_t i = 0; i < manifest.features.size(); ++i) {
@@ -989,6 +1095,19 @@ inline std::string compute_artifact_id(const Manifest& manifest) {
   for (const StoredVocabulary& vocabulary : manifest.vocabularies) {
     content["vocabularies"].push_back(
         {{"table", vocabulary.table}, {"entities", vocabulary.entities}, {"digest", spell(vocabulary.digest)}});
+  }
+  if (manifest.surgery) {
+    Json parameters = Json::array();
+    for (const Parameter& parameter : manifest.surgery->parameters) {
+      parameters.push_back({{"parameter", parameter.name},
+                            {"dtype", parameter.dtype},
+                            {"dims", parameter.dims},
+                            {"digest", spell(parameter.digest)}});
+    }
+    content["surgery"] = {{"module", manifest.surgery->module},
+                          {"kwargs", manifest.surgery->kwargs},
+                          {"code", spell(manifest.surgery->code)},
+                          {"parameters", parameters}};
   }
   return hexadecimal(sha256(content.dump()));
 }
@@ -1072,7 +1191,7 @@ inline Manifest parse_manifest(const std::string& data) {
     check_manifest_digest(data, as_digest(document["manifest_digest"], "manifest_digest"));
   }
   const Fields fields(document, "",
-                      {"format_version", "artifact_id", "tables", "features", "outputs", "weighted",
+                      {"format_version", "artifact_id", "tables", "features", "outputs", "surgery", "weighted",
                        "weights_offset_bytes", "weights_bytes", "vocabularies", "graphs", "files", "accuracy",
                        "choices", "parity", "provenance", "manifest_digest"});
   const auto list_of = [](auto read) {
@@ -1083,6 +1202,7 @@ inline Manifest parse_manifest(const std::string& data) {
   manifest.tables = fields.get("tables", list_of(as_table));
   manifest.features = fields.get("features", list_of(as_feature));
   manifest.outputs = fields.get("outputs", list_of(as_output));
+  manifest.surgery = fields.get_optional("surgery", as_surgery);
   manifest.weighted = fields.get("weighted", as_boolean);
   manifest.weights_offset_bytes = fields.get("weights_offset_bytes", as_integer);
   manifest.weights_bytes = fields.get("weights_bytes", as_integer);
@@ -1344,11 +1464,24 @@ class TensorFile {
 using WeightFile = TensorFile<WeightFileError>;
 using VocabularyFile = TensorFile<VocabularyFileError>;
 
+/// The parameters of the surgery; none without one.
+inline std::vector<Parameter> parameters_of(const Manifest& manifest) {
+  return manifest.surgery ? manifest.surgery->parameters : std::vector<Parameter>();
+}
+
 /// Opens the weight file of a manifest that agrees with its own tables.
 inline WeightFile open_weights(const std::string& artifact, const Manifest& manifest) {
   const std::string path = artifact + "/" + kWeights;
   std::vector<TensorShape> tensors;
-  for (const Table& table : manifest.tables) tensors.push_back(tensor_shape(table));
+  std::map<std::string, std::int64_t> offsets;
+  for (const Table& table : manifest.tables) {
+    tensors.push_back(tensor_shape(table));
+    offsets[table.name] = table.offset_bytes;
+  }
+  for (const Parameter& parameter : parameters_of(manifest)) {
+    tensors.push_back(tensor_shape(parameter));
+    offsets[tensors.back().name] = parameter.offset_bytes;
+  }
   const std::vector<TensorShape> laid_out = lay_out(tensors);
   const auto header_bytes = static_cast<std::int64_t>(encode_header(laid_out).size());
   if (manifest.weights_offset_bytes != header_bytes) {
@@ -1356,7 +1489,7 @@ inline WeightFile open_weights(const std::string& artifact, const Manifest& mani
                                ", its tables say ", header_bytes));
   }
   for (const TensorShape& tensor : laid_out) {
-    const std::int64_t said = manifest.table(tensor.name)->offset_bytes;
+    const std::int64_t said = offsets[tensor.name];
     if (said != tensor.offset_bytes) {
       throw WeightFileError(text(path, ": table '", tensor.name, "': the manifest says offset ", said,
                                  ", the layout rule gives ", tensor.offset_bytes));
@@ -1595,6 +1728,17 @@ inline std::vector<std::pair<std::string, at::Tensor>> graph_constants(const Man
           {"is_weighted", at::tensor(weighted).to(at::kBool)}};
 }
 
+/// The parameters of the surgery by name, where they lie in `weights`: no copies, and no share in the mapping.
+inline std::vector<std::pair<std::string, at::Tensor>> view_parameters(const Manifest& manifest,
+                                                                       const at::Tensor& weights) {
+  std::vector<std::pair<std::string, at::Tensor>> views;
+  for (const Parameter& parameter : parameters_of(manifest)) {
+    auto* start = static_cast<char*>(weights.data_ptr()) + parameter.offset_bytes;
+    views.emplace_back(parameter.name, at::from_blob(start, parameter.dims, parameter_type(parameter.dtype).type));
+  }
+  return views;
+}
+
 /// A tensor as a list of Python.
 inline std::string spell(const at::Tensor& tensor) {
   if (tensor.dim() == 0) {
@@ -1608,8 +1752,10 @@ inline std::string spell(const at::Tensor& tensor) {
 
 class TorchScriptBackend final : public Backend {
  public:
-  explicit TorchScriptBackend(GraphSource source) : module_(read(source)), forward_(find_forward(source)) {
-    module_.setattr("weights", source.weights);
+  explicit TorchScriptBackend(GraphSource source)
+      : weights_(source.weights), module_(read(source)), forward_(find_forward(source)) {
+    attach_surgery(source);
+    module_.setattr("weights", weights_);
   }
 
   c10::IValue run(const Request& request) const override {
@@ -1653,12 +1799,68 @@ class TorchScriptBackend final : public Backend {
     return value.isInt() ? text(value.toInt()) : value.tagKind();
   }
 
+  /// Makes the mapped parameters those of the graph's surgery; placeholders stand in the file for them.
+  void attach_surgery(const GraphSource& source) {
+    const Manifest& manifest = source.manifest;
+    if (!manifest.surgery && !module_.hasattr("surgery")) return;
+    std::vector<std::string> names, dims, keys;
+    if (manifest.surgery) {
+      names = names_of(manifest.features, &Feature::name);
+      keys = names_of(manifest.outputs, &Output::key);
+      for (const Feature& feature : manifest.features) {
+        dims.push_back(std::to_string(manifest.table(feature.table)->embedding_dim));
+      }
+    }
+    const auto spell_list = [&](const char* name) -> std::string {
+      if (!module_.hasattr("surgery")) return "None";
+      const torch::jit::Module splice = module_.attr("surgery").toModule();
+      if (!splice.hasattr(name) || !splice.attr(name).isList()) return "None";
+      std::vector<std::string> items;
+      for (const c10::IValue& item : splice.attr(name).toListRef()) {
+        items.push_back(item.isString() ? quote(item.toStringRef()) : item.isInt() ? text(item.toInt()) : "None");
+      }
+      return text("[", join(items), "]");
+    };
+    const std::vector<std::pair<const char*, std::string>> expected = {
+        {"feature_names", quote_list(names)},
+        {"feature_dims", text("[", join(dims), "]")},
+        {"output_keys", quote_list(keys)}};
+    for (const auto& [name, wanted] : expected) {
+      const std::string said = manifest.surgery ? wanted : "None";
+      if (spell_list(name) != said) {
+        throw GraphError(text(source.graph.path, " was built for another surgery: its ", name, " is ",
+                              spell_list(name), ", the manifest says ", said));
+      }
+    }
+    for (const auto& [name, tensor] : view_parameters(manifest, weights_)) attach_parameter(source, name, tensor);
+  }
+
+  void attach_parameter(const GraphSource& source, const std::string& name, const at::Tensor& tensor) const {
+    torch::jit::Module owner = module_.attr("surgery").toModule();
+    std::istringstream parts("module." + name);
+    std::string part;
+    std::getline(parts, part, '.');
+    bool found = true;
+    for (std::string next; found && std::getline(parts, next, '.'); part = next) {
+      found = owner.hasattr(part) && owner.attr(part).isModule();
+      if (found) owner = owner.attr(part).toModule();
+    }
+    const at::Tensor old = found && owner.hasattr(part) && owner.attr(part).isTensor() ? owner.attr(part).toTensor()
+                                                                                      : at::Tensor();
+    if (!old.defined() || old.sizes() != tensor.sizes() || old.scalar_type() != tensor.scalar_type()) {
+      throw GraphError(text(source.graph.path, " was built for another surgery: it has no '", name, "' of ",
+                            c10::str(tensor.sizes(), " ", tensor.scalar_type())));
+    }
+    owner.setattr(part, tensor);
+  }
+
   torch::jit::Method find_forward(const GraphSource& source) const {
     const std::optional<torch::jit::Method> forward = module_.find_method("forward");
     if (!forward) throw GraphError(source.graph.path + " has no method 'forward'; build the artifact again");
     return *forward;
   }
 
+  at::Tensor weights_;  // owns the mapping, of which the parameters are views
   torch::jit::Module module_;
   torch::jit::Method forward_;
 };
@@ -1710,11 +1912,15 @@ class AotInductorBackend final : public Backend {
     constants_["weights_placements"] = at::full({features}, 3, at::kInt);  // FBGEMM's EmbeddingLocation.HOST
     std::vector<std::int64_t> columns;  // the feature of every output column; only mean pooling reads it
     if (constants_["is_mean"].any().item<bool>()) {
-      for (const Output& output : source.manifest.outputs) {
-        columns.insert(columns.end(), static_cast<std::size_t>(output.dim), &output - source.manifest.outputs.data());
+      for (std::int64_t feature = 0; feature < features; ++feature) {
+        const Table& table = *source.manifest.table(source.manifest.features[static_cast<std::size_t>(feature)].table);
+        columns.insert(columns.end(), static_cast<std::size_t>(table.embedding_dim), feature);
       }
     }
     constants_["column_features"] = at::tensor(columns, at::kLong);
+    for (const auto& [name, view] : view_parameters(source.manifest, weights_)) {
+      constants_["surgery.module." + name] = view;
+    }
     try {
       const auto runners = std::clamp<std::size_t>(std::thread::hardware_concurrency(), 1, kMostRunners);
       loader_ = std::make_unique<torch::inductor::AOTIModelPackageLoader>(

@@ -1,0 +1,181 @@
+"""Parity of a surgery: what a graph answers, against the module in eager mode over torchrec's quantized embeddings.
+
+A surgery is somebody else's module, and a graph may add a matrix product up in another order than eager torch, fuse a product
+and a sum, or take another approximation of a function. How far apart two right answers can be depends on the module, so that
+the bound is taken from the module itself, by perturbation. The model is that of backward error analysis (Higham, Accuracy and
+Stability of Numerical Algorithms, sections 3.1 and 3.3): what an operator computes is what exact arithmetic gives for
+operands, and then a result, that are off by at most k u, u = 2**-24. k is the number of roundings that a value goes through:
+for a sum or a product over n terms n, whatever the order; for an operator on single values at most 16, the few units in the
+last place by which approximations of a function differ (and, of sigmoid and its like, 4 u of 1 or of a larger operand: ONNX
+Runtime's is that far off where values are tiny). The module is run again with every operand and every result of every
+operator off by a random part of that, 16 times, seeded; where a graph's embeddings are themselves only within a bound (ONNX),
+they are off by a random part of it, too. Twice the largest deviation from the plain run is the bound.
+
+Why that is enough: of 16 draws the largest is more than half of the amplitude, but for one value in 65,536, and doubled more
+than the whole; and the amplitude is what n roundings could do if all went one way, some sqrt(n) times what they do. Why it
+is not too much: a wrong parameter, column or order is off by the size of the values, not by a few units in their last place.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from export.errors import GateError
+from export.splice import OpenedSurgery
+from runtime_py.manifest import Output
+
+__all__ = ["check_answer", "surgery_bound"]
+
+_UNIT = 2.0**-24
+_RUNS = 16
+_ROUNDINGS = 16  # of an operator on single values
+_FLOOR = 4
+_PRODUCTS = {"mm": 0, "bmm": 0, "mv": 0, "addmm": 1, "baddbmm": 1, "addmv": 1}  # the operand whose columns are added up
+_MOVES = {
+    "cat",
+    "clone",
+    "copy",
+    "stack",
+    "index",
+    "index_select",
+    "gather",
+    "flip",
+    "roll",
+    "zeros_like",
+    "constant_pad_nd",
+}
+# Functions that some implementations approximate to a few units of 1, or of their operand, where values are much smaller.
+_APPROXIMATED = ("sigmoid", "tanh", "erf", "gelu", "silu", "softplus", "mish", "softmax")
+
+
+def surgery_bound(
+    surgery: OpenedSurgery, pooled: Mapping[str, torch.Tensor], noise: Mapping[str, np.ndarray] | None = None
+) -> np.ndarray:
+    """The largest distance of two right answers, float64 [B, W].
+
+    Args:
+        surgery: the module.
+        pooled: its embeddings, float32 [B, D] by feature.
+        noise: how far a graph's embeddings may be from these, float64 [B, D] by feature; default: not at all.
+    """
+    plain = surgery(pooled)
+    largest = torch.zeros_like(plain, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(_RUNS):
+        moved = {
+            name: values if noise is None else values + torch.from_numpy(noise[name]) * _draw(values, generator)
+            for name, values in pooled.items()
+        }
+        with _Perturbed(generator):
+            answer = surgery({name: values.float() for name, values in moved.items()})
+        largest = torch.maximum(largest, (answer.double() - plain.double()).abs())
+    bound: np.ndarray = (2 * largest).numpy()
+    return bound
+
+
+def check_answer(
+    where: str, outputs: Sequence[Output], got: torch.Tensor, wanted: torch.Tensor, bound: np.ndarray
+) -> Any:
+    """Compares a graph's answer [B, W] with the module's; returns whether it is bit-equal, and figures for the report.
+
+    Raises:
+        GateError: naming the output, the bag and the column that is beyond the bound.
+    """
+    error = np.abs(got.double().numpy() - wanted.double().numpy())
+    # A value that is not finite is right where it is the same in both.
+    same = (got == wanted).numpy() | (got.isnan() & wanted.isnan()).numpy()
+    error = np.where(same, 0.0, error)
+    if not (error <= bound).all():
+        bag, column = (int(part) for part in np.argwhere(~(error <= bound))[0])
+        key, start = next(
+            (output.key, start)
+            for output, start in zip(outputs, np.cumsum([0] + [o.dim for o in outputs]), strict=False)
+            if column < start + output.dim
+        )
+        raise GateError(
+            f"{where}: output '{key}', bag {bag}, column {column - start}: {got[bag, column].item()!r}, the module in eager "
+            f"mode gives {wanted[bag, column].item()!r}, the bound is {bound[bag, column]:.6g}"
+        )
+    share = np.divide(error, bound, out=np.zeros_like(error), where=bound > 0)
+    return {
+        "surgery_bit_equal": bool(same.all()),
+        "surgery_max_difference": float(error.max(initial=0.0)),
+        "surgery_max_share_of_bound": float(share.max(initial=0.0)),
+    }
+
+
+def _draw(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Uniform in [-1, 1), float64."""
+    return torch.rand(like.shape, generator=generator, dtype=torch.float64) * 2 - 1
+
+
+class _Perturbed(TorchDispatchMode):
+    """Every operator's floating operands and results are off by a random part of k u."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._generator = generator
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        returns = func._schema.returns
+        if any(value.alias_info is not None and not value.alias_info.is_write for value in returns):
+            return func(*args, **kwargs)  # a view
+        roundings = _count_roundings(func, args)
+        if not roundings:
+            return func(*args, **kwargs)
+        written = {position for position, value in enumerate(func._schema.arguments) if value.alias_info is not None}
+        given = [
+            value if position in written else _map(value, lambda tensor: self._move(tensor, roundings))
+            for position, value in enumerate(args)
+        ]
+        result = func(*given, **kwargs)
+        floor = _floor(func, args, result)
+        if written:
+            for tensor in _floating([result]):
+                tensor.copy_(self._move(tensor, roundings, floor))
+            return result
+        return _map(result, lambda tensor: self._move(tensor, roundings, floor))
+
+    def _move(self, tensor: torch.Tensor, roundings: int, floor: torch.Tensor | None = None) -> torch.Tensor:
+        moved = tensor.double() * (1 + roundings * _UNIT * _draw(tensor, self._generator))
+        if floor is not None:
+            moved = moved + floor * _draw(tensor, self._generator)
+        return moved.to(tensor.dtype)
+
+
+def _count_roundings(func: Any, args: Any) -> int:
+    """How many roundings a value goes through in one call, at most; 0 where none is computed."""
+    name = func._schema.name.removeprefix("aten::").rstrip("_")
+    if name in _MOVES:
+        return 0
+    if torch.Tag.pointwise in func.tags:
+        return _ROUNDINGS
+    if name in _PRODUCTS:
+        return max(_ROUNDINGS, int(args[_PRODUCTS[name]].shape[-1]) + 1)
+    return max([_ROUNDINGS, *(max(tensor.shape, default=1) for tensor in _floating(args))])
+
+
+def _floor(func: Any, args: Any, result: Any) -> torch.Tensor | None:
+    """How far a function may be off however small its value is: some units of 1, or of a larger operand."""
+    if not any(name in func._schema.name for name in _APPROXIMATED) or not isinstance(result, torch.Tensor):
+        return None
+    operand: torch.Tensor = args[0].double().abs().clamp(min=1.0)
+    if operand.shape != result.shape:
+        operand = operand.new_ones(())
+    return _FLOOR * _UNIT * operand
+
+
+def _floating(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value] if value.is_floating_point() else []
+    return [tensor for item in value for tensor in _floating(item)] if isinstance(value, list | tuple) else []
+
+
+def _map(value: Any, move: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return move(value) if value.is_floating_point() else value
+    return type(value)(_map(item, move) for item in value) if isinstance(value, list | tuple) else value
