@@ -7,6 +7,7 @@ through the real loader, each in a process of its own, since what does not fit m
 """
 
 import base64
+import csv
 import hashlib
 import json
 import os
@@ -17,8 +18,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import Distribution, distributions
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
 
 from runtime_py.aot_inductor import ISAS, check_isa
 from runtime_py.errors import ArtifactError, UnsupportedError
@@ -147,23 +147,26 @@ def _version(installed: dict[str, Distribution], name: str) -> str | None:
 
 
 def _read_wheel(name: str, found: Distribution) -> Wheel:
-    files = [file for file in found.files or [] if file.parts[0] == _FOLDER]
-    recorded = [file for file in files if file.name.removesuffix(".so") in _OPERATORS.values()]
+    # Not `found.files`, which from Python 3.12 on, or once importlib_metadata is imported, leaves out what is missing.
+    rows = [row for row in csv.reader((found.read_text("RECORD") or "").splitlines()) if len(row) == 3]
+    files = [row for row in rows if row[0].startswith(f"{_FOLDER}/")]
     same = []
-    for file in recorded:
-        path = Path(str(found.locate_file(file)))
-        # Sizes first: the libraries of a CUDA wheel are large.
-        same.append(path.is_file() and path.stat().st_size == file.size and _is_recorded(path, file.hash))
+    for file, digest, size in files:
+        if PurePosixPath(file).name.removesuffix(".so") in _OPERATORS.values():
+            path = Path(str(found.locate_file(file)))
+            # Sizes first: the libraries of a CUDA wheel are large.
+            same.append(path.is_file() and str(path.stat().st_size) == size and _is_recorded(path, digest))
     return Wheel(name, found.version, len(files), bool(same) and all(same))
 
 
-def _is_recorded(path: Path, recorded: Any) -> bool:
+def _is_recorded(path: Path, recorded: str) -> bool:
     """Whether a file has the digest that RECORD says; a file without one counts as equal."""
-    if recorded is None:
+    algorithm, _, value = recorded.partition("=")
+    if not value:
         return True
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, recorded.mode).digest()
-    return bool(base64.urlsafe_b64encode(digest).rstrip(b"=").decode() == recorded.value)
+        digest = hashlib.file_digest(file, algorithm).digest()
+    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode() == value
 
 
 def _lacks(isa: str) -> str:

@@ -110,7 +110,7 @@ def test_any_number_of_bags_and_ids_is_answered_as_by_torchscript(built, bags):
     assert torch.equal(first.view(torch.int32), second.view(torch.int32))
 
 
-def test_a_server_maps_the_rows_once_writes_no_temporary_file_and_imports_no_compiler(built):
+def test_a_server_maps_the_rows_once_writes_no_temporary_file_and_imports_no_compiler(built, tmp_path):
     program = """
 import os, sys, tempfile
 before = set(os.listdir(tempfile.gettempdir()))
@@ -120,7 +120,9 @@ print(len(set(os.listdir(tempfile.gettempdir())) - before))
 print(sum("tables.safetensors" in line for line in open("/proc/self/maps")))
 print(any(name.startswith(("torch._inductor.codecache", "torch._dynamo", "fbgemm_gpu")) for name in sys.modules))
 """
-    done = subprocess.run([sys.executable, "-c", program, built.artifact], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", program, built.artifact]
+    own = {**os.environ, "TMPDIR": str(tmp_path)}  # other processes write to the common one
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=own)
     assert done.stdout.split() == ["0", "1", "False"]
 
 

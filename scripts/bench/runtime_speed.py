@@ -2,7 +2,8 @@
 """Time of a lookup beside its peers: what the checks cost, what a second core gains, and what a start costs.
 
 Every round runs each contender four times, one after the other, so that all see the same machine, and keeps the last
-three; the figures are medians, and all outputs are compared. Where the kernel let a thread of ours wait for a core for
+three; the figures are medians, and all outputs are compared. No two runs in a row have the same request, as in a server: one
+request again and again would find its rows in the core's cache. Where the kernel let a thread of ours wait for a core for
 more than 2 % of that time, the round is left out, and counted: on a busy machine it would measure the others. `bare
 operator` is FBGEMM's lookup called from Python with its offsets given, `bare TorchScript` the artifact's graph with the
 checks that it makes itself. torchrec's quantized module is traced by torchrec.fx and scripted, over the same rows,
@@ -10,6 +11,7 @@ without any check; it takes tensors and gives one.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -19,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,7 +37,8 @@ from runtime_py.aot_inductor import make_constants
 
 DIM = 64
 WARM_UP = 20
-Run = Callable[[], torch.Tensor]
+Run = Callable[[int], torch.Tensor]  # of a request by its number
+ROWS_BYTES = 192 << 20  # that all requests of a comparison read together: several times a cache
 
 
 def build(folder: Path, tables: int, rows: int) -> Path:
@@ -108,13 +112,29 @@ def bare_operator(artifact: Artifact) -> Callable[[torch.Tensor, torch.Tensor], 
     return run
 
 
-def draw(artifact: Artifact, bags: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Values, lengths and offsets of bags of one length, ids drawn uniformly."""
+@dataclass(frozen=True)
+class Requests:
+    """Requests of bags of one length, ids drawn uniformly: the values of each, and what they have in common."""
+
+    values: list[torch.Tensor]
+    lengths: torch.Tensor
+    offsets: torch.Tensor
+
+    @property
+    def ids(self) -> int:
+        """Of one request."""
+        return self.values[0].numel()
+
+
+def draw(artifact: Artifact, bags: int, length: int) -> Requests:
     count = len(artifact.manifest.features)
+    ids = count * bags * length
     generator = torch.Generator().manual_seed(1)
-    values = torch.randint(0, artifact.manifest.tables[0].num_embeddings, (count * bags * length,), generator=generator)
+    number = min(max(2, ROWS_BYTES // (ids * 2 * DIM)), 4096)
+    rows = artifact.manifest.tables[0].num_embeddings
+    values = [torch.randint(0, rows, (ids,), generator=generator) for _ in range(number)]
     lengths = torch.full((count * bags,), length, dtype=torch.int32)
-    return values, lengths, torch.arange(0, values.numel() + 1, length)
+    return Requests(values, lengths, torch.arange(0, ids + 1, length))
 
 
 class Waiting:
@@ -139,14 +159,16 @@ class Waiting:
             os.close(file)
 
 
-def measure(runs: dict[str, Run], seconds: float) -> dict[str, float]:
+def measure(runs: dict[str, Run], requests: int, seconds: float) -> dict[str, float]:
     """Median microseconds of each, of the rounds in which all had their cores; prints how many there were."""
-    outputs = {name: run() for name, run in runs.items() for _ in range(WARM_UP)}
-    first = next(iter(outputs.values()))
-    for name, output in outputs.items():
-        if not torch.equal(output, first):
-            raise SystemExit(f"'{name}' gives another result")
-    del outputs
+    for number in range(WARM_UP):
+        outputs = {name: run(number % requests).clone() for name, run in runs.items()}
+        first = next(iter(outputs.values()))
+        for name, output in outputs.items():
+            if not torch.equal(output, first):
+                raise SystemExit(f"'{name}' gives another result")
+    del outputs, first
+    turn = itertools.cycle(range(requests))
     waiting = Waiting()
     kept: list[dict[str, list[int]]] = []
     rounds: list[dict[str, list[int]]] = []
@@ -155,11 +177,11 @@ def measure(runs: dict[str, Run], seconds: float) -> dict[str, float]:
         times: dict[str, list[int]] = {name: [] for name in runs}
         fine = True
         for name, run in runs.items():
-            run()
+            run(next(turn))
             waited = waiting.read_ns()
-            for _ in range(3):
+            for number in itertools.islice(turn, 3):
                 start = time.perf_counter_ns()
-                run()
+                run(number)
                 times[name].append(time.perf_counter_ns() - start)
             fine &= waiting.read_ns() - waited <= 0.02 * sum(times[name]) + 2000
         rounds.append(times)
@@ -187,21 +209,20 @@ def compare_overhead(path: Path, seconds: float) -> None:
     operator, torchrec = bare_operator(artifact), script_torchrec(artifact)
     keys = [feature.name for feature in artifact.manifest.features]
     for bags, length in ((1, 1), (1, 5), (20, 20), (60, 20), (200, 20), (600, 20)):
-        values, lengths, offsets = draw(artifact, bags, length)
-        keyed = KeyedJaggedTensor(keys=keys, values=values, lengths=lengths)
-        print(f"\n{len(keys)} tables, {bags} bags of {length} ids each: {values.numel()} ids")
-        medians = measure(
-            {
-                "bare operator": lambda v=values, o=offsets: operator(v, o),  # type: ignore[misc]
-                "bare TorchScript": lambda v=values, n=lengths: artifact.graph(v, n),  # type: ignore[misc]
-                "artifact.lookup": lambda v=values, n=lengths: artifact.lookup(v, n),  # type: ignore[misc]
-                "artifact(KeyedJaggedTensor)": lambda k=keyed: artifact(k).values,  # type: ignore[misc]
-                "torchrec.fx, TorchScript": lambda v=values, n=lengths: torchrec(v, n),  # type: ignore[misc]
-            },
-            seconds,
-        )
+        requests = draw(artifact, bags, length)
+        values, lengths, offsets = requests.values, requests.lengths, requests.offsets
+        keyed = [KeyedJaggedTensor(keys=keys, values=ids, lengths=lengths) for ids in values]
+        runs: dict[str, Run] = {
+            "bare operator": lambda n, v=values, o=offsets: operator(v[n], o),  # type: ignore[misc]
+            "bare TorchScript": lambda n, v=values, m=lengths: artifact.graph(v[n], m),  # type: ignore[misc]
+            "artifact.lookup": lambda n, v=values, m=lengths: artifact.lookup(v[n], m),  # type: ignore[misc]
+            "artifact(KeyedJaggedTensor)": lambda n, k=keyed: artifact(k[n]).values,  # type: ignore[misc]
+            "torchrec.fx, TorchScript": lambda n, v=values, m=lengths: torchrec(v[n], m),  # type: ignore[misc]
+        }
+        print(f"\n{len(keys)} tables, {bags} bags of {length} ids each: {requests.ids} ids, {len(values)} requests")
+        medians = measure(runs, len(values), seconds)
         ours = medians["artifact.lookup"]
-        if values.numel() >= 10_000:
+        if requests.ids >= 10_000:
             verdict("artifact.lookup / bare operator", ours / medians["bare operator"], 1.1)
         else:
             verdict("artifact.lookup / bare TorchScript", ours / medians["bare TorchScript"], 2.5)
@@ -216,29 +237,34 @@ def compare_threads(path: Path, seconds: float) -> None:
     pool = ThreadPoolExecutor(1)
     for ids, length in ((10_000, 20), (100_000, 20), (500_000, 20), (1_000_000, 20)):
         bags = ids // (length * count) // 2 * 2
-        values, lengths, offsets = draw(one, bags, length)
-        halves = values.view(count, 2, -1).transpose(0, 1).reshape(2, -1).contiguous()
+        requests = draw(one, bags, length)
+        values, lengths, offsets = requests.values, requests.lengths, requests.offsets
+        halves = [
+            ids.view(count, 2, -1).transpose(0, 1).reshape(2, -1).contiguous().unbind() for ids in values
+        ]  # a feature's first half of bags, and the others
         half_offsets = offsets[: count * bags // 2 + 1].contiguous()
 
-        def bound(halves: torch.Tensor = halves, half_offsets: torch.Tensor = half_offsets) -> torch.Tensor:
-            other = pool.submit(operator, halves[1], half_offsets)
-            return torch.cat([operator(halves[0], half_offsets), other.result()])
+        def bound(
+            number: int, halves: Sequence[Sequence[torch.Tensor]] = halves, half_offsets: torch.Tensor = half_offsets
+        ) -> torch.Tensor:
+            other = pool.submit(operator, halves[number][1], half_offsets)
+            return torch.cat([operator(halves[number][0], half_offsets), other.result()])
 
-        print(f"\n{count} table(s), {bags} bags of {length} ids each: {values.numel()} ids")
-        result = torch.empty(bags, DIM * count)
-        medians = measure(
-            {
-                "threads=1": lambda v=values, n=lengths: one.lookup(v, n),  # type: ignore[misc]
-                "threads=2": lambda v=values, n=lengths: two.lookup(v, n),  # type: ignore[misc]
-                "threads=1, into out": lambda v=values, n=lengths, r=result: one.lookup(v, n, out=r),  # type: ignore[misc]
-                "threads=2, into out": lambda v=values, n=lengths, r=result: two.lookup(v, n, out=r),  # type: ignore[misc]
-                "bare operator": lambda v=values, o=offsets: operator(v, o),  # type: ignore[misc]
-                "two bare operators, halves": bound,
-            },
-            seconds,
-        )
+        print(f"\n{count} table(s), {bags} bags of {length} ids each: {requests.ids} ids, {len(values)} requests")
+        out = torch.empty(bags, DIM * count)
+        runs: dict[str, Run] = {
+            "threads=1": lambda n, v=values, m=lengths: one.lookup(v[n], m),  # type: ignore[misc]
+            "threads=2": lambda n, v=values, m=lengths: two.lookup(v[n], m),  # type: ignore[misc]
+            "threads=1, into out": lambda n, v=values, m=lengths, o=out: one.lookup(v[n], m, out=o),  # type: ignore[misc]
+            "threads=2, into out": lambda n, v=values, m=lengths, o=out: two.lookup(v[n], m, out=o),  # type: ignore[misc]
+            "bare operator": lambda n, v=values, o=offsets: operator(v[n], o),  # type: ignore[misc]
+            "two bare operators, halves": bound,
+        }
+        medians = measure(runs, len(values), seconds)
         possible = medians["bare operator"] / medians["two bare operators, halves"]
-        verdict("threads=1 / threads=2", medians["threads=1"] / medians["threads=2"], 1.7, least=True)
+        for name in ("threads=1", "threads=1, into out"):
+            other = name.replace("=1", "=2")
+            verdict(f"{name} / {other}", medians[name] / medians[other], 1.7, least=True)
         print(f"     two bare operators gained {possible:.2f}, nothing checked")
 
 
