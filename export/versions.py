@@ -80,7 +80,9 @@ def publish_version(artifact: Path, root: Path, keep: int | None = None) -> Move
             with staged(versions / _STAGING) as staging:
                 _copy_artifact(artifact, manifest, staging.folder, versions)
                 with _locked(root):
-                    if not (versions / name).exists():  # nobody else was faster
+                    name = _name_version(versions, manifest)  # another one of this id may have been faster
+                    copied = not (versions / name).exists()
+                    if copied:
                         publish(staging.folder, versions / name)
                     pointer, moved = _move(root, name, back=False)
         else:

@@ -27,6 +27,7 @@ from runtime_py import (
     load_artifact,
     verify_artifact,
 )
+from runtime_py.digests import sha256
 from runtime_py.manifest import read_manifest
 from runtime_py.pointer import hold_version, read_pointer
 
@@ -147,27 +148,50 @@ def test_publishing_an_earlier_version_only_moves_the_pointer(artifacts, root):
     assert (root / "versions" / a).stat().st_ino == inode
 
 
-def test_the_same_rows_with_other_graph_files_are_a_version_of_their_own(artifacts, artifact_copy, root):
-    """A lookup that was mended and built anew must not be mistaken for the one before, which has its id."""
-    from runtime_py.digests import sha256
-
-    first = publish_version(artifacts[0], root).version
-    manifest = read_manifest(artifact_copy)
+def with_another_graph_file(artifact: Path) -> Path:
+    """The artifact, changed to one of the same id whose graph file is another."""
+    manifest = read_manifest(artifact)
     graph = manifest.graphs[0].path
-    with (artifact_copy / graph).open("ab") as file:
+    with (artifact / graph).open("ab") as file:
         file.write(b"\0")
-    data = (artifact_copy / graph).read_bytes()
+    data = (artifact / graph).read_bytes()
     files = [
         dataclasses.replace(file, bytes=len(data), digest=sha256(data)) if file.path == graph else file
         for file in manifest.files
     ]
-    (artifact_copy / "manifest.json").write_bytes(dataclasses.replace(manifest, files=files).to_bytes())
-    second = publish_version(artifact_copy, root)
+    (artifact / "manifest.json").write_bytes(dataclasses.replace(manifest, files=files).to_bytes())
+    return artifact
+
+
+def test_the_same_rows_with_other_graph_files_are_a_version_of_their_own(artifacts, artifact_copy, root):
+    """A lookup that was mended and built anew must not be mistaken for the one before, which has its id."""
+    first = publish_version(artifacts[0], root).version
+    second = publish_version(with_another_graph_file(artifact_copy), root)
     digest = read_manifest(artifact_copy).manifest_digest.value
     assert second.version == f"{first}-{digest[:12]}"
     assert (second.artifact_id, second.copied, current(root)) == (first, True, second.version)
     assert roll_back(root).version == first
     assert publish_version(artifact_copy, root).copied is False
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_a_publisher_of_the_same_id_that_was_faster_does_not_take_the_place_of_other_files(
+    same, artifacts, artifact_copy, root, monkeypatch
+):
+    mine = artifact_copy if same else with_another_graph_file(artifact_copy)
+    copy = versions._copy_artifact
+
+    def copy_slowly(*arguments):
+        monkeypatch.undo()
+        copy(*arguments)
+        publish_version(artifacts[0], root)
+
+    monkeypatch.setattr(versions, "_copy_artifact", copy_slowly)
+    move = publish_version(mine, root)
+    assert (move.copied, move.moved) == (not same, not same)
+    assert read_pointer(root / "current.json").manifest_digest == read_manifest(mine).manifest_digest
+    assert len(listed(root)) == (1 if same else 2)
+    assert verify_artifact(root / "versions" / move.version) == read_manifest(mine)
 
 
 def test_the_same_rows_built_again_are_the_version_that_is_there(artifacts, root, tmp_path, dcp_snapshot):
