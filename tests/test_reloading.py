@@ -30,9 +30,10 @@ from runtime_py import (
     load_artifact,
     reloading,
 )
+from runtime_py.compatibility import check_compatible
 from runtime_py.digests import sha256
 from runtime_py.golden import GOLDEN
-from runtime_py.manifest import read_manifest
+from runtime_py.manifest import Output, read_manifest
 from runtime_py.pointer import Pointer, read_pointer
 
 REQUEST = {feature: [[0], []] for feature in FEATURES}
@@ -349,6 +350,29 @@ def test_a_version_that_callers_were_not_written_for_is_refused_by_name(change, 
     tables, message = CHANGES[change]
     publish_version(build(change.replace(" ", "-"), tables), root)
     refused(serving, IncompatibleError, f"{message}.*; callers count on what is served: publish to another root, or ")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda outputs: outputs[::-1], "outputs are age, tag, last_item, item, user; user, item, last_item, tag, age as served; "),
+        (lambda outputs: [Output("new", 4), *outputs], "outputs are new, user, item, last_item, tag, age; user, item, "),
+        (lambda outputs: [*outputs, Output("new", 4)], "outputs are user, item, last_item, tag, age, new; user, item, "),
+        (lambda outputs: outputs[:2], "outputs are user, item; user, item, last_item, tag, age as served"),
+        (lambda outputs: [Output("user", 4), *outputs[1:]], "output 'user' has dim 4, 8 as served"),
+    ],
+)
+def test_outputs_are_the_same_in_the_same_order_or_the_version_is_refused(change, message, first):
+    manifest = read_manifest(first)
+    check_compatible(manifest, manifest)
+    with pytest.raises(IncompatibleError, match=f"^{message}"):
+        check_compatible(manifest, dataclasses.replace(manifest, outputs=change(manifest.outputs)))
+
+
+def test_a_table_may_not_shrink_where_only_the_new_version_has_a_vocabulary(root, serving, build, tmp_path):
+    tables = with_vocabularies(tmp_path / "entities")
+    publish_version(build("pruned", [tables[0] | {"num_embeddings": 260}, *tables[1:]]), root)
+    refused(serving, IncompatibleError, "table 'user' has 260 rows, 300 as served")
 
 
 def test_a_signature_may_change_where_that_is_allowed(root, build):
