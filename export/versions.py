@@ -102,13 +102,21 @@ def roll_back(root: Path, to: str | None = None) -> Move:
 
     Raises:
         ArtifactError: that version is damaged; the pointer stays.
-        PublishError: there is no such version, or the root cannot be written.
+        PublishError: there is no such version, somebody else has moved the pointer since the one before was looked up, or
+            the root cannot be written.
     """
     names = _list_versions(root)
-    name = _previous(root, names) if to is None else _find_version(root, names, to)
+    before = None
+    if to is None:
+        before = read_pointer(root / POINTER)
+        name = _previous(root, before, names)
+    else:
+        name = _find_version(root, names, to)
     with writing(root / POINTER), closing(_Hold(root / VERSIONS / name)):
         verify_artifact(root / VERSIONS / name)
         with _locked(root):
+            if before is not None and read_pointer(root / POINTER) != before:
+                raise PublishError(f"{root / POINTER}: was moved meanwhile; look what is current, and run again")
             pointer, moved = _move(root, name, back=True)
     return Move(root, name, pointer.artifact_id, pointer.sequence, moved, False, pointer.history, [], [])
 
@@ -158,8 +166,7 @@ def _list_versions(root: Path) -> list[str]:
         ) from error
 
 
-def _previous(root: Path, names: list[str]) -> str:
-    pointer = read_pointer(root / POINTER)
+def _previous(root: Path, pointer: Pointer, names: list[str]) -> str:
     earlier = [name for name in pointer.history if name in names]
     if not earlier:
         raise PublishError(f"{root}: nothing was current before {pointer.version}; name one of: {', '.join(names)}")

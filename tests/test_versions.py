@@ -298,6 +298,26 @@ def test_rolling_back_to_a_named_version_skips_those_between(artifacts, root):
     assert {c, d} < listed(root)
 
 
+def test_a_version_that_is_published_during_a_rollback_is_not_taken_back(artifacts, root, monkeypatch):
+    a, b = (publish_version(artifact, root).version for artifact in artifacts[:2])
+    verify = versions.verify_artifact
+    others = [artifacts[2], artifacts[3]]
+
+    def verify_slowly(version):
+        monkeypatch.undo()
+        publish_version(others.pop(0), root)
+        return verify(version)
+
+    monkeypatch.setattr(versions, "verify_artifact", verify_slowly)
+    with pytest.raises(PublishError, match=r"current\.json: was moved meanwhile; look what is current, and run again"):
+        roll_back(root)
+    pointer = read_pointer(root / "current.json")
+    assert (pointer.version, pointer.history) == (ids(artifacts)[2], [b, a])
+    monkeypatch.setattr(versions, "verify_artifact", verify_slowly)
+    assert roll_back(root, a).version == a, "who names one means it, whatever is current"
+    assert others == []
+
+
 @pytest.mark.parametrize(
     ("name", "message"), [("zz", "no version starts with 'zz'"), ("", "no version starts with ''")]
 )
