@@ -40,7 +40,8 @@ _NO_RANGE_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 class Move:
     """What a command has done: `version` is current now, and was before where `moved` is False.
 
-    `in_use` are versions that were to be deleted, and are not, since a server has them mapped.
+    `in_use` are versions that were to be deleted, and are not, since a server has them mapped; `kept` are those that cannot
+    be locked or taken away, with the reason.
     """
 
     root: Path
@@ -52,6 +53,7 @@ class Move:
     history: list[str]
     deleted: list[str]
     in_use: list[str]
+    kept: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """What `--json` prints."""
@@ -84,17 +86,17 @@ def publish_version(artifact: Path, root: Path, keep: int | None = None) -> Move
                     copied = not (versions / name).exists()
                     if copied:
                         publish(staging.folder, versions / name)
-                    pointer, moved = _move(root, name, back=False)
+                    move = _make_current(root, name, copied, keep)
         else:
             with closing(_Hold(versions / name)):
                 with _published_before(versions / name):
                     verify_artifact(versions / name)
                 with _locked(root):
-                    pointer, moved = _move(root, name, back=False)
-        deleted, in_use = ([], []) if keep is None else _delete_old(root, keep)
-        for hidden in versions.glob(f"{_DELETED}*"):  # those of a publisher that was killed as well
+                    move = _make_current(root, name, copied, keep)
+    with suppress(OSError):  # those of a publisher that was killed as well; what is left, the next one removes
+        for hidden in versions.glob(f"{_DELETED}*"):
             shutil.rmtree(hidden, ignore_errors=True)
-    return Move(root, name, pointer.artifact_id, pointer.sequence, moved, copied, pointer.history, deleted, in_use)
+    return move
 
 
 def roll_back(root: Path, to: str | None = None) -> Move:
@@ -118,7 +120,7 @@ def roll_back(root: Path, to: str | None = None) -> Move:
             if before is not None and read_pointer(root / POINTER) != before:
                 raise PublishError(f"{root / POINTER}: was moved meanwhile; look what is current, and run again")
             pointer, moved = _move(root, name, back=True)
-    return Move(root, name, pointer.artifact_id, pointer.sequence, moved, False, pointer.history, [], [])
+    return Move(root, name, pointer.artifact_id, pointer.sequence, moved, False, pointer.history, [], [], {})
 
 
 def _make_folders(root: Path) -> None:
@@ -241,18 +243,22 @@ def _copy_file(source: Path, target: Path) -> None:
         os.fsync(write.fileno())
 
 
-def _delete_old(root: Path, keep: int) -> tuple[list[str], list[str]]:
-    """Deletes all versions but the `keep` that were current last; says which, and which a server still has mapped."""
-    deleted: list[str] = []
-    in_use: list[str] = []
-    versions = root / VERSIONS
-    with _locked(root):
-        pointer = read_pointer(root / POINTER)
-        kept = [pointer.version, *pointer.history][: max(keep, 2)]
-        for name in _list_versions(root):
-            if name not in kept:
-                (deleted if _hide(versions / name) else in_use).append(name)
-    return deleted, in_use
+def _make_current(root: Path, name: str, copied: bool, keep: int | None) -> Move:
+    """Points to a version that was verified, and hides all but the `keep` that were current last. The caller holds the lock.
+
+    What happens to old versions is told, and raises nothing: the pointer has moved.
+    """
+    names = _list_versions(root)
+    pointer, moved = _move(root, name, back=False)
+    move = Move(root, name, pointer.artifact_id, pointer.sequence, moved, copied, pointer.history, [], [], {})
+    needed = [pointer.version, *pointer.history][: max(keep, 2)] if keep is not None else names
+    for other in names:
+        if other not in needed:
+            try:
+                (move.deleted if _hide(root / VERSIONS / other) else move.in_use).append(other)
+            except OSError as error:
+                move.kept[other] = error.strerror or str(error)
+    return move
 
 
 def _hide(version: Path) -> bool:

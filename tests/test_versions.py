@@ -373,6 +373,33 @@ def test_a_version_that_a_server_holds_is_spared_until_it_lets_go(artifacts, roo
         hold_version(root / "versions" / a)
 
 
+@pytest.mark.parametrize("call", ["open", "flock", "rename"])
+def test_a_version_that_cannot_be_deleted_is_kept_with_the_reason_and_what_is_published_is(
+    call, artifacts, root, monkeypatch
+):
+    a, b = (publish_version(artifact, root).version for artifact in artifacts[:2])
+    (root / "versions" / ("0" * 64)).write_bytes(b"no folder")
+    happen = {"open": os.open, "flock": versions.fcntl.flock, "rename": Path.rename}[call]
+
+    def refuse(target, *arguments, **options):
+        path = os.readlink(f"/proc/self/fd/{target}") if call == "flock" else str(target)
+        if f"versions/{a}" in path and (call != "open" or arguments[0] & os.O_RDWR):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return happen(target, *arguments, **options)
+
+    place = {"open": os, "flock": versions.fcntl, "rename": Path}[call]
+    with monkeypatch.context() as context:
+        context.setattr(place, call, refuse)
+        move = publish_version(artifacts[2], root, keep=2)
+    assert move.kept == {"0" * 64: "Not a directory", a: "Read-only file system"}
+    assert (move.moved, move.deleted, move.in_use) == (True, [], [])
+    assert current(root) == move.version
+    done = run_export("publish", artifacts[2], "--to", root, "--keep", "2")
+    lines = [f"deleted    {a}", f"kept       {'0' * 64}: cannot be deleted: Not a directory"]
+    assert (done.returncode, done.stdout.splitlines()[2:], done.stderr) == (0, lines, "")
+    assert listed(root) == {"0" * 64, b, move.version}
+
+
 def test_a_loaded_artifact_answers_after_its_files_are_gone(artifacts, root):
     a = publish_version(artifacts[0], root).version
     loaded = load_artifact(root / "versions" / a, invalid_ids="zero")
@@ -466,7 +493,7 @@ def test_the_commands_say_what_is_current(artifacts, root):
     assert (done.returncode, done.stdout, done.stderr) == (0, f"current    {a}\n", "")
     document = json.loads(run_export("publish", artifacts[1], "--to", root, "--keep", "2", "--json").stdout)
     expected = {"root": str(root), "version": b, "artifact_id": b, "sequence": 2, "moved": True, "copied": True}
-    assert document == expected | {"history": [a], "deleted": [], "in_use": []}
+    assert document == expected | {"history": [a], "deleted": [], "in_use": [], "kept": {}}
     assert run_export("rollback", "--to", root).stdout == f"current    {a}\n"
     done = run_export("rollback", "--to", root, b[:12])
     assert done.stdout == f"current    {b}\nbefore     {a}\n"
