@@ -2,11 +2,13 @@
 
 The candidate is compared with its manifest byte for byte, must fit the callers of the version that serves, and answers its
 golden cases before it gets a request. Otherwise it is refused, once, and the old one keeps serving until the pointer
-changes again. The swap is one assignment: a request takes the version that it finds, and no lock. What is in flight ends
+changes again; only what may pass by itself (no memory, no file descriptor, a file server that is away) is tried again, at
+longer and longer intervals. The swap is one assignment: a request takes the version that it finds, and no lock. What is in flight ends
 on the old version, which the refreshing thread then unmaps.
 """
 
 import dataclasses
+import errno
 import logging
 import os
 import sys
@@ -33,6 +35,18 @@ __all__ = ["Refusal", "ReloadStatus", "ReloadingArtifact"]
 _LOGGER = logging.getLogger(__name__)
 _DRAIN_S = 1.0  # requests take milliseconds; who holds a version for longer unmaps it himself
 _DRAIN_STEP_S = 0.002
+_MOST_LOOKS = 60  # between two attempts at what may pass by itself
+_PASSING = (
+    errno.EAGAIN,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOBUFS,
+    errno.ENOLCK,
+    errno.ENOMEM,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+)
 
 _Stamp = tuple[int, int, int] | None
 
@@ -104,6 +118,7 @@ class ReloadingArtifact:
         self._loading = threading.Lock()  # of loads, never of requests
         self._swaps = self._refusals = 0
         self._refusal: Refusal | None = None
+        self._wait_looks = self._waited_looks = 0  # for another attempt; 0: there is none
         self._seen = _stamp(self._path)
         self._checked_at = time.time()
         found = read_pointer(self._path)
@@ -163,10 +178,12 @@ class ReloadingArtifact:
                 serving = self._serving.pointer
                 if (pointer.version, pointer.manifest_digest) == (serving.version, serving.manifest_digest):
                     self._serving = dataclasses.replace(self._serving, pointer=pointer)
-                    self._refusal = None
+                    self._refusal, self._wait_looks = None, 0
                     return False
                 candidate = self._load(pointer, self._serving.artifact.manifest)
             except Exception as error:
+                self._wait_looks = min(max(2 * self._wait_looks, 1), _MOST_LOOKS) if _may_pass(error) else 0
+                self._waited_looks = 0
                 self._refuse(None if pointer is None else pointer.version, error)
                 raise
             self._swap(_Serving(candidate, pointer, time.time()))
@@ -223,7 +240,7 @@ class ReloadingArtifact:
     def _swap(self, new: _Serving) -> None:
         old = self._serving.artifact
         self._serving = new
-        self._refusal = None
+        self._refusal, self._wait_looks = None, 0
         _LOGGER.info("%s: serving version %s, pointer %d", self._path, new.pointer.version, new.pointer.sequence)
         self._swaps += 1  # last: who sees it sees the rest
         # To unmap many pages takes long, which no request should have to wait for: it is done here, by the last reference.
@@ -248,8 +265,12 @@ class ReloadingArtifact:
     def _look(self) -> None:
         """One look of the watching thread, which no error ends."""
         self._checked_at = time.time()
-        if _stamp(self._path) == self._seen:
-            return
+        if _stamp(self._path) != self._seen:
+            self._wait_looks = 0
+        else:
+            self._waited_looks += 1
+            if not self._wait_looks or self._waited_looks < self._wait_looks:
+                return
         with suppress(Exception):  # `refresh` has logged and counted it
             self.refresh()
 
@@ -261,6 +282,15 @@ def _watch(reference: "weakref.ref[ReloadingArtifact]", stop: threading.Event, i
             return
         reloading._look()
         del reloading
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether an error says nothing of the version, and the same load may succeed later."""
+    while error is not None:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _PASSING):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _stamp(path: Path) -> _Stamp:

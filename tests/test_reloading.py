@@ -1,6 +1,7 @@
 """An artifact that follows its pointer: what swaps, what is refused, what goes on meanwhile, what is left of the old one."""
 
 import dataclasses
+import errno
 import gc
 import logging
 import os
@@ -19,6 +20,7 @@ from support import FEATURES, TABLES, make_rows, run_export, state_dict, with_vo
 from export import build_artifact
 from export.versions import publish_version, roll_back
 from runtime_py import (
+    ArtifactError,
     DigestMismatchError,
     GoldenCaseError,
     IncompatibleError,
@@ -457,17 +459,80 @@ def test_a_version_that_is_being_deleted_is_refused(root, serving, second):
 
 def test_a_defect_while_loading_is_a_refusal_too_and_keeps_its_traceback(root, second, monkeypatch, caplog):
     def fail(*_, **__):
-        raise MemoryError("no room")
+        raise RuntimeError("no room")
 
     with ReloadingArtifact(root / "current.json", interval_s=0.01) as serving:
         monkeypatch.setattr(reloading, "load_artifact", fail)
         publish_version(second, root)
         wait(lambda: serving.status().refusals == 1)
         assert serving.status().watching, "no error ends the thread"
-        assert serving.status().refusal.error == "MemoryError: no room"
+        assert serving.status().refusal.error == "RuntimeError: no room"
         assert caplog.records[0].exc_info
+        for _ in range(100):
+            serving._look()
+        assert serving.status().refusals == 1, "a defect of the candidate is not tried again"
         monkeypatch.undo()
         assert serving.refresh(), "asked for by hand, it is tried again"
+
+
+def wrapped(error: OSError) -> ArtifactError:
+    made = ArtifactError(f"cannot be read: {error}")
+    made.__cause__ = error
+    return made
+
+
+PASSING = {
+    "no file descriptor": OSError(errno.EMFILE, "Too many open files"),
+    "no memory": MemoryError(),
+    "a file server that is away": wrapped(OSError(errno.ESTALE, "Stale file handle")),
+    "a disk that does not answer": wrapped(OSError(errno.EIO, "Input/output error")),
+}
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_what_may_pass_by_itself_is_tried_again_at_longer_and_longer_intervals(
+    name, root, serving, second, monkeypatch
+):
+    load, looks, attempts = reloading.load_artifact, 0, []
+
+    def fail(*arguments, **options):
+        attempts.append(looks)
+        if len(attempts) < 10:
+            raise PASSING[name]
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(reloading, "load_artifact", fail)
+    publish_version(second, root)
+    while serving.status().swaps == 0 and looks < 1000:
+        serving._look()
+        looks += 1
+    gaps = [after - before for before, after in zip(attempts, attempts[1:], strict=False)]
+    assert gaps == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert serving.status().refusal is None
+    assert serving(REQUEST).artifact_id == artifact_id(second)
+
+
+def test_a_pointer_that_moves_is_followed_at_once_whatever_passes(root, serving, first, second, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as context:
+        context.setattr(reloading, "load_artifact", fail)
+        publish_version(second, root)
+        for _ in range(20):
+            serving._look()
+        assert serving.status().refusals == 5
+    os.utime(root / "current.json")
+    serving._look()
+    assert serving(REQUEST).artifact_id == artifact_id(second)
+
+
+def test_a_file_of_the_version_that_is_missing_is_not_tried_again(root, serving, second):
+    publish_version(second, root)
+    shutil.rmtree(current_folder(root))
+    for _ in range(20):
+        serving._look()
+    assert serving.status().refusals == 1
 
 
 def test_nothing_to_serve_at_the_start_is_an_error(tmp_path, root):
