@@ -3,8 +3,8 @@
 The candidate is compared with its manifest byte for byte, must fit the callers of the version that serves, and answers its
 golden cases before it gets a request. Otherwise it is refused, once, and the old one keeps serving until the pointer
 changes again; only what may pass by itself (no memory, no file descriptor, a file server that is away) is tried again, at
-longer and longer intervals. The swap is one assignment: a request takes the version that it finds, and no lock. What is in flight ends
-on the old version, which the refreshing thread then unmaps.
+longer and longer intervals. The swap is one assignment: a request takes the version that it finds, and no lock. What is in
+flight ends on the old version, which the refreshing thread then unmaps.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ import torch
 
 from runtime_py.artifact import Artifact, load_artifact
 from runtime_py.compatibility import check_compatible
-from runtime_py.errors import ArtifactError, PointerError
+from runtime_py.errors import ArtifactError, PointerError, UnsupportedError
 from runtime_py.golden import read_cases, replay_cases
 from runtime_py.manifest import Manifest, read_manifest
 from runtime_py.pointer import VERSIONS, Pointer, hold_version, read_pointer
@@ -36,6 +36,7 @@ _LOGGER = logging.getLogger(__name__)
 _DRAIN_S = 1.0  # requests take milliseconds; who holds a version for longer unmaps it himself
 _DRAIN_STEP_S = 0.002
 _MOST_LOOKS = 60  # between two attempts at what may pass by itself
+_SHUTDOWN = "interpreter shutdown"  # of Python's errors from then on, which come before it runs what sets `_stop`
 _PASSING = (
     errno.EAGAIN,
     errno.EIO,
@@ -106,14 +107,22 @@ class ReloadingArtifact:
             pointer: the `current.json` that `python -m export publish` writes.
             interval_s: seconds between two looks at the pointer; None: only `refresh` looks.
             allow_signature_change: take a version with other features, outputs or fewer rows, too.
-            options: as of `load_artifact`. With verify="sizes", give prefault=True, so that no request waits for the disk.
+            options: as of `load_artifact`, on a CPU. With verify="sizes", give prefault=True, so that no request waits for
+                the disk.
 
         Raises:
             ArtifactError: there is no current version, or it is refused.
+            UnsupportedError: `device` is no CPU.
         """
         if interval_s is not None and not interval_s > 0:
             raise ValueError(f"interval_s must be greater than 0, or None, got {interval_s!r}")
-        self._path = Path(pointer)
+        if options.get("device", "cpu") != "cpu":
+            # Golden cases are compared bit for bit, which is what graphs on a CPU answer.
+            raise UnsupportedError(
+                f"device {options['device']!r}: a ReloadingArtifact serves from a CPU; on a GPU, load_artifact the version "
+                f"that {pointer} names, and start the server anew for the next"
+            )
+        self._path, self._process = Path(pointer), os.getpid()
         self._allow_change, self._options = allow_signature_change, options
         self._loading = threading.Lock()  # of loads, never of requests
         self._swaps = self._refusals = 0
@@ -169,7 +178,13 @@ class ReloadingArtifact:
 
         Raises:
             ArtifactError: why the version was refused; the old one keeps serving.
+            UnsupportedError: this process was forked from the one that made it, whose thread may have held the lock.
         """
+        if os.getpid() != self._process:
+            raise UnsupportedError(
+                f"{self._path}: a ReloadingArtifact made in process {self._process} does not refresh in its fork "
+                f"{os.getpid()}; make one in each worker, after the fork"
+            )
         with self._loading:
             self._seen, self._checked_at = _stamp(self._path), time.time()  # before it is read: it may change meanwhile
             pointer = None
@@ -182,6 +197,8 @@ class ReloadingArtifact:
                     return False
                 candidate = self._load(pointer, self._serving.artifact.manifest)
             except Exception as error:
+                if threading.current_thread() is self._thread and (self._stop.is_set() or _SHUTDOWN in str(error)):
+                    raise  # the process ends, which is not the version's fault
                 self._wait_looks = min(max(2 * self._wait_looks, 1), _MOST_LOOKS) if _may_pass(error) else 0
                 self._waited_looks = 0
                 self._refuse(None if pointer is None else pointer.version, error)

@@ -3,8 +3,10 @@
 import dataclasses
 import errno
 import gc
+import itertools
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -357,9 +359,18 @@ def test_a_version_that_callers_were_not_written_for_is_refused_by_name(change, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda outputs: outputs[::-1], "outputs are age, tag, last_item, item, user; user, item, last_item, tag, age as served; "),
-        (lambda outputs: [Output("new", 4), *outputs], "outputs are new, user, item, last_item, tag, age; user, item, "),
-        (lambda outputs: [*outputs, Output("new", 4)], "outputs are user, item, last_item, tag, age, new; user, item, "),
+        (
+            lambda outputs: outputs[::-1],
+            "outputs are age, tag, last_item, item, user; user, item, last_item, tag, age as served; ",
+        ),
+        (
+            lambda outputs: [Output("new", 4), *outputs],
+            "outputs are new, user, item, last_item, tag, age; user, item, ",
+        ),
+        (
+            lambda outputs: [*outputs, Output("new", 4)],
+            "outputs are user, item, last_item, tag, age, new; user, item, ",
+        ),
         (lambda outputs: outputs[:2], "outputs are user, item; user, item, last_item, tag, age as served"),
         (lambda outputs: [Output("user", 4), *outputs[1:]], "output 'user' has dim 4, 8 as served"),
     ],
@@ -506,7 +517,7 @@ def test_what_may_pass_by_itself_is_tried_again_at_longer_and_longer_intervals(
     while serving.status().swaps == 0 and looks < 1000:
         serving._look()
         looks += 1
-    gaps = [after - before for before, after in zip(attempts, attempts[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(attempts)]
     assert gaps == [1, 2, 4, 8, 16, 32, 60, 60, 60]
     assert serving.status().refusal is None
     assert serving(REQUEST).artifact_id == artifact_id(second)
@@ -533,6 +544,111 @@ def test_a_file_of_the_version_that_is_missing_is_not_tried_again(root, serving,
     for _ in range(20):
         serving._look()
     assert serving.status().refusals == 1
+
+
+def test_a_fork_says_that_it_does_not_refresh_while_a_load_of_its_parent_was_under_way(root):
+    done = subprocess.run(
+        [sys.executable, "-c", FORK_DURING_A_LOAD, root / "current.json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(
+        r".*/current\.json: a ReloadingArtifact made in process (\d+) does not refresh in its fork (?!\1)\d+; "
+        r"make one in each worker, after the fork\nNone\n",
+        done.stdout,
+    )
+
+
+FORK_DURING_A_LOAD = """
+import os, signal, sys
+from runtime_py import ReloadingArtifact, UnsupportedError
+
+serving = ReloadingArtifact(sys.argv[1], interval_s=None)
+serving._loading.acquire()  # as a load does
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    try:
+        serving.refresh()
+    except UnsupportedError as error:
+        print(error, serving.status().refusal, sep="\\n", flush=True)
+    os._exit(0)
+sys.exit(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_process_that_ends_during_a_reload_refuses_nothing(root, second):
+    with subprocess.Popen(
+        [sys.executable, "-c", END_DURING_A_LOAD, root / "current.json"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        assert server.stdout.readline() == "ready\n"
+        publish_version(second, root)
+        out, errors = server.communicate()
+    assert (server.returncode, out, errors) == (
+        0,
+        "RuntimeError: cannot schedule new futures after interpreter shutdown\n",
+        "",
+    )
+
+
+END_DURING_A_LOAD = """
+import atexit, sys, threading
+from concurrent.futures import ThreadPoolExecutor
+from runtime_py import ReloadingArtifact, reloading
+
+begun, ended = threading.Event(), threading.Event()
+
+def load(*arguments, **options):
+    begun.set()
+    try:
+        while True:  # until Python shuts its executors down
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(int).result()
+    except RuntimeError as error:
+        print(f"RuntimeError: {error}", flush=True)
+        raise
+
+look = ReloadingArtifact._look
+
+def look_and_tell(self):
+    look(self)
+    if begun.is_set():
+        ended.set()
+
+ReloadingArtifact._look = look_and_tell
+serving = ReloadingArtifact(sys.argv[1], interval_s=0.01)
+atexit.register(ended.wait, 20)  # before what sets the stop event: the last that is registered is the first to run
+reloading.load_artifact = load
+print("ready", flush=True)
+begun.wait(20)
+"""
+
+
+def test_once_it_is_stopped_its_thread_refuses_nothing(root, second, monkeypatch, caplog):
+    begun = threading.Event()
+    with ReloadingArtifact(root / "current.json", interval_s=0.01) as serving:
+
+        def fail(*_, **__):
+            begun.set()
+            serving._stop.wait(WAIT_S)
+            raise OSError(errno.EBADF, "closed")
+
+        monkeypatch.setattr(reloading, "load_artifact", fail)
+        publish_version(second, root)
+        assert begun.wait(WAIT_S)
+    assert (serving.status().refusal, serving.status().refusals, caplog.records) == (None, 0, [])
+    monkeypatch.undo()
+    assert serving.refresh(), "by hand it goes on"
+
+
+def test_a_gpu_is_refused_in_one_line(root):
+    with pytest.raises(
+        UnsupportedError, match=r"^device 'cuda:1': a ReloadingArtifact serves from a CPU; on a GPU, .*\.json"
+    ):
+        ReloadingArtifact(root / "current.json", device="cuda:1")
 
 
 def test_nothing_to_serve_at_the_start_is_an_error(tmp_path, root):
