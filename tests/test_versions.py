@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import fcntl
 import json
 import os
 import random
@@ -379,7 +380,7 @@ def test_a_version_that_cannot_be_deleted_is_kept_with_the_reason_and_what_is_pu
 ):
     a, b = (publish_version(artifact, root).version for artifact in artifacts[:2])
     (root / "versions" / ("0" * 64)).write_bytes(b"no folder")
-    happen = {"open": os.open, "flock": versions.fcntl.flock, "rename": Path.rename}[call]
+    happen = {"open": os.open, "flock": fcntl.flock, "rename": Path.rename}[call]
 
     def refuse(target, *arguments, **options):
         path = os.readlink(f"/proc/self/fd/{target}") if call == "flock" else str(target)
@@ -387,7 +388,7 @@ def test_a_version_that_cannot_be_deleted_is_kept_with_the_reason_and_what_is_pu
             raise OSError(errno.EROFS, "Read-only file system")
         return happen(target, *arguments, **options)
 
-    place = {"open": os, "flock": versions.fcntl, "rename": Path}[call]
+    place = {"open": os, "flock": fcntl, "rename": Path}[call]
     with monkeypatch.context() as context:
         context.setattr(place, call, refuse)
         move = publish_version(artifacts[2], root, keep=2)
@@ -398,6 +399,32 @@ def test_a_version_that_cannot_be_deleted_is_kept_with_the_reason_and_what_is_pu
     lines = [f"deleted    {a}", f"kept       {'0' * 64}: cannot be deleted: Not a directory"]
     assert (done.returncode, done.stdout.splitlines()[2:], done.stderr) == (0, lines, "")
     assert listed(root) == {"0" * 64, b, move.version}
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_what_is_held_is_the_version_that_is_there_not_one_that_was_deleted_meanwhile(
+    anew, artifacts, root, monkeypatch
+):
+    version = root / "versions" / publish_version(artifacts[0], root).version
+    lock = fcntl.flock
+
+    def delete_first(fd, operation):
+        monkeypatch.undo()
+        shutil.move(version, root / "deleted")
+        if anew:
+            shutil.copytree(root / "deleted", version)
+        lock(fd, operation)
+
+    files = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(fcntl, "flock", delete_first)
+    if anew:
+        held = hold_version(version)
+        assert os.path.samestat(os.fstat(held), (version / "manifest.json").stat())
+        os.close(held)
+    else:
+        with pytest.raises(MissingFileError, match=r"no such version: manifest\.json: No such file or directory"):
+            hold_version(version)
+    assert len(os.listdir("/proc/self/fd")) == files
 
 
 def test_a_loaded_artifact_answers_after_its_files_are_gone(artifacts, root):
