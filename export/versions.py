@@ -70,7 +70,7 @@ def publish_version(artifact: Path, root: Path, keep: int | None = None) -> Move
 
     Raises:
         ArtifactError: the artifact, or the version that has its name already, is damaged.
-        PublishError: the root cannot be written, or its disk is full.
+        PublishError: the root cannot be written, its disk is full, or others have published and deleted in between.
     """
     manifest = verify_artifact(artifact, "sizes")  # its rows are compared in the copy
     versions = root / VERSIONS
@@ -90,7 +90,11 @@ def publish_version(artifact: Path, root: Path, keep: int | None = None) -> Move
         else:
             with closing(_Hold(versions / name)):
                 with _published_before(versions / name):
-                    verify_artifact(versions / name)
+                    there = verify_artifact(versions / name)
+                if _served_files(there) != _served_files(
+                    manifest
+                ):  # deleted, and another one published, before the hold
+                    raise PublishError(f"{versions / name}: was replaced meanwhile; publish again")
                 with _locked(root):
                     move = _make_current(root, name, copied, keep)
     with suppress(OSError):  # those of a publisher that was killed as well; what is left, the next one removes

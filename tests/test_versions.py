@@ -195,6 +195,28 @@ def test_a_publisher_of_the_same_id_that_was_faster_does_not_take_the_place_of_o
     assert verify_artifact(root / "versions" / move.version) == read_manifest(mine)
 
 
+def test_a_version_that_was_replaced_by_other_files_before_it_was_held_is_not_made_current(
+    artifacts, artifact_copy, root, monkeypatch
+):
+    a = publish_version(artifacts[0], root).version
+    b = publish_version(artifacts[1], root).version
+    other = with_another_graph_file(artifact_copy)
+
+    class HoldTooLate(versions._Hold):
+        def __init__(self, version: Path) -> None:
+            shutil.rmtree(version)
+            shutil.copytree(other, version)
+            super().__init__(version)
+
+    with monkeypatch.context() as context:
+        context.setattr(versions, "_Hold", HoldTooLate)
+        with pytest.raises(PublishError, match=f"{a}: was replaced meanwhile; publish again"):
+            publish_version(artifacts[0], root)
+    assert current(root) == b
+    digest = read_manifest(artifacts[0]).manifest_digest.value
+    assert publish_version(artifacts[0], root).version == f"{a}-{digest[:12]}"
+
+
 def test_the_same_rows_built_again_are_the_version_that_is_there(artifacts, root, tmp_path, dcp_snapshot):
     first = publish_version(artifacts[0], root)
     again = build_artifact(write_config(tmp_path / "r.yaml", dcp_snapshot), tmp_path / "again", workers=1).artifact
