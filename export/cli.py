@@ -353,6 +353,7 @@ def _describe_move(move: "Move") -> str:
     lines += [
         f"in use     {name}: a server has it mapped; the next publish with --keep tries again" for name in move.in_use
     ]
+    lines += [f"kept       {name}: cannot be deleted: {reason}" for name, reason in move.kept.items()]
     return "\n".join(lines) + "\n"
 
 

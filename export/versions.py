@@ -40,7 +40,8 @@ _NO_RANGE_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 class Move:
     """What a command has done: `version` is current now, and was before where `moved` is False.
 
-    `in_use` are versions that were to be deleted, and are not, since a server has them mapped.
+    `in_use` are versions that were to be deleted, and are not, since a server has them mapped; `kept` are those that cannot
+    be locked or taken away, with the reason.
     """
 
     root: Path
@@ -52,6 +53,7 @@ class Move:
     history: list[str]
     deleted: list[str]
     in_use: list[str]
+    kept: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """What `--json` prints."""
@@ -68,7 +70,7 @@ def publish_version(artifact: Path, root: Path, keep: int | None = None) -> Move
 
     Raises:
         ArtifactError: the artifact, or the version that has its name already, is damaged.
-        PublishError: the root cannot be written, or its disk is full.
+        PublishError: the root cannot be written, its disk is full, or others have published and deleted in between.
     """
     manifest = verify_artifact(artifact, "sizes")  # its rows are compared in the copy
     versions = root / VERSIONS
@@ -80,19 +82,25 @@ def publish_version(artifact: Path, root: Path, keep: int | None = None) -> Move
             with staged(versions / _STAGING) as staging:
                 _copy_artifact(artifact, manifest, staging.folder, versions)
                 with _locked(root):
-                    if not (versions / name).exists():  # nobody else was faster
+                    name = _name_version(versions, manifest)  # another one of this id may have been faster
+                    copied = not (versions / name).exists()
+                    if copied:
                         publish(staging.folder, versions / name)
-                    pointer, moved = _move(root, name, back=False)
+                    move = _make_current(root, name, copied, keep)
         else:
             with closing(_Hold(versions / name)):
                 with _published_before(versions / name):
-                    verify_artifact(versions / name)
+                    there = verify_artifact(versions / name)
+                if _served_files(there) != _served_files(
+                    manifest
+                ):  # deleted, and another one published, before the hold
+                    raise PublishError(f"{versions / name}: was replaced meanwhile; publish again")
                 with _locked(root):
-                    pointer, moved = _move(root, name, back=False)
-        deleted, in_use = ([], []) if keep is None else _delete_old(root, keep)
-        for hidden in versions.glob(f"{_DELETED}*"):  # those of a publisher that was killed as well
+                    move = _make_current(root, name, copied, keep)
+    with suppress(OSError):  # those of a publisher that was killed as well; what is left, the next one removes
+        for hidden in versions.glob(f"{_DELETED}*"):
             shutil.rmtree(hidden, ignore_errors=True)
-    return Move(root, name, pointer.artifact_id, pointer.sequence, moved, copied, pointer.history, deleted, in_use)
+    return move
 
 
 def roll_back(root: Path, to: str | None = None) -> Move:
@@ -100,15 +108,23 @@ def roll_back(root: Path, to: str | None = None) -> Move:
 
     Raises:
         ArtifactError: that version is damaged; the pointer stays.
-        PublishError: there is no such version, or the root cannot be written.
+        PublishError: there is no such version, somebody else has moved the pointer since the one before was looked up, or
+            the root cannot be written.
     """
     names = _list_versions(root)
-    name = _previous(root, names) if to is None else _find_version(root, names, to)
+    before = None
+    if to is None:
+        before = read_pointer(root / POINTER)
+        name = _previous(root, before, names)
+    else:
+        name = _find_version(root, names, to)
     with writing(root / POINTER), closing(_Hold(root / VERSIONS / name)):
         verify_artifact(root / VERSIONS / name)
         with _locked(root):
+            if before is not None and read_pointer(root / POINTER) != before:
+                raise PublishError(f"{root / POINTER}: was moved meanwhile; look what is current, and run again")
             pointer, moved = _move(root, name, back=True)
-    return Move(root, name, pointer.artifact_id, pointer.sequence, moved, False, pointer.history, [], [])
+    return Move(root, name, pointer.artifact_id, pointer.sequence, moved, False, pointer.history, [], [], {})
 
 
 def _make_folders(root: Path) -> None:
@@ -156,8 +172,7 @@ def _list_versions(root: Path) -> list[str]:
         ) from error
 
 
-def _previous(root: Path, names: list[str]) -> str:
-    pointer = read_pointer(root / POINTER)
+def _previous(root: Path, pointer: Pointer, names: list[str]) -> str:
     earlier = [name for name in pointer.history if name in names]
     if not earlier:
         raise PublishError(f"{root}: nothing was current before {pointer.version}; name one of: {', '.join(names)}")
@@ -232,18 +247,22 @@ def _copy_file(source: Path, target: Path) -> None:
         os.fsync(write.fileno())
 
 
-def _delete_old(root: Path, keep: int) -> tuple[list[str], list[str]]:
-    """Deletes all versions but the `keep` that were current last; says which, and which a server still has mapped."""
-    deleted: list[str] = []
-    in_use: list[str] = []
-    versions = root / VERSIONS
-    with _locked(root):
-        pointer = read_pointer(root / POINTER)
-        kept = [pointer.version, *pointer.history][: max(keep, 2)]
-        for name in _list_versions(root):
-            if name not in kept:
-                (deleted if _hide(versions / name) else in_use).append(name)
-    return deleted, in_use
+def _make_current(root: Path, name: str, copied: bool, keep: int | None) -> Move:
+    """Points to a version that was verified, and hides all but the `keep` that were current last. The caller holds the lock.
+
+    What happens to old versions is told, and raises nothing: the pointer has moved.
+    """
+    names = _list_versions(root)
+    pointer, moved = _move(root, name, back=False)
+    move = Move(root, name, pointer.artifact_id, pointer.sequence, moved, copied, pointer.history, [], [], {})
+    needed = [pointer.version, *pointer.history][: max(keep, 2)] if keep is not None else names
+    for other in names:
+        if other not in needed:
+            try:
+                (move.deleted if _hide(root / VERSIONS / other) else move.in_use).append(other)
+            except OSError as error:
+                move.kept[other] = error.strerror or str(error)
+    return move
 
 
 def _hide(version: Path) -> bool:

@@ -9,26 +9,19 @@ __all__ = ["check_compatible"]
 def check_compatible(serving: Manifest, candidate: Manifest) -> None:
     """Compares what callers count on: features, outputs, vocabularies, and that an id which is valid stays so.
 
-    Rows, precisions and graphs may change, and tables may grow. A table may shrink only where the candidate has a
-    vocabulary for it, since ids then come from there.
+    Outputs are the same in the same order, as the columns of a raw answer have no other name. Rows, precisions and graphs
+    may change, and tables may grow. A table may shrink only where both have a vocabulary for it: ids then come from there.
 
     Raises:
         IncompatibleError: naming every difference.
     """
-    problems = _compare_features(serving, candidate)
-    for output in serving.outputs:
-        dims = [other.dim for other in candidate.outputs if other.key == output.key]
-        if not dims:
-            problems.append(f"output '{output.key}' is missing")
-        elif dims != [output.dim]:
-            problems.append(f"output '{output.key}' has dim {dims[0]}, {output.dim} as served")
+    problems = [*_compare_features(serving, candidate), *_compare_outputs(serving, candidate)]
+    had = {vocabulary.table for vocabulary in serving.vocabularies}
     has = {vocabulary.table for vocabulary in candidate.vocabularies}
-    for vocabulary in serving.vocabularies:
-        if vocabulary.table not in has:
-            problems.append(f"table '{vocabulary.table}' has no vocabulary, it has one as served")
+    problems += [f"table '{table}' has no vocabulary, it has one as served" for table in sorted(had - has)]
     for table in serving.tables:
         other = candidate.table.get(table.name)
-        if other is not None and table.name not in has and other.num_embeddings < table.num_embeddings:
+        if other is not None and table.name not in had & has and other.num_embeddings < table.num_embeddings:
             problems.append(f"table '{table.name}' has {other.num_embeddings} rows, {table.num_embeddings} as served")
     if problems:
         raise IncompatibleError(
@@ -52,3 +45,15 @@ def _compare_features(serving: Manifest, candidate: Manifest) -> list[str]:
             takes = {True: "takes weights", False: "takes no weights"}
             problems.append(f"feature '{feature.name}' {takes[other.weighted]}, it {takes[feature.weighted]} as served")
     return problems
+
+
+def _compare_outputs(serving: Manifest, candidate: Manifest) -> list[str]:
+    keys = [output.key for output in serving.outputs]
+    others = [output.key for output in candidate.outputs]
+    if keys != others:
+        return [f"outputs are {', '.join(others)}; {', '.join(keys)} as served"]
+    return [
+        f"output '{output.key}' has dim {other.dim}, {output.dim} as served"
+        for output, other in zip(serving.outputs, candidate.outputs, strict=True)
+        if other.dim != output.dim
+    ]

@@ -97,12 +97,22 @@ def hold_version(folder: Path) -> int:
     """
     if folder.is_symlink():
         raise MissingFileError(f"{folder}: is a symbolic link; a version is a folder that 'export publish' wrote")
+    while True:
+        fd = _lock_manifest(folder)
+        try:
+            if os.path.samestat(os.fstat(fd), (folder / MANIFEST).lstat()):
+                return fd
+        except OSError as error:
+            os.close(fd)
+            raise _missing(folder, error) from error
+        os.close(fd)  # it was deleted before it was locked, and another of its name has been published since
+
+
+def _lock_manifest(folder: Path) -> int:
     try:
         fd = os.open(folder / MANIFEST, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
-        raise MissingFileError(
-            f"{folder}: no such version: {MANIFEST}: {error.strerror}; roll back to one that is there, or publish again"
-        ) from error
+        raise _missing(folder, error) from error
     try:
         with suppress(OSError):
             try:
@@ -113,3 +123,9 @@ def hold_version(folder: Path) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def _missing(folder: Path, error: OSError) -> MissingFileError:
+    return MissingFileError(
+        f"{folder}: no such version: {MANIFEST}: {error.strerror}; roll back to one that is there, or publish again"
+    )

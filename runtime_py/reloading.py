@@ -2,11 +2,13 @@
 
 The candidate is compared with its manifest byte for byte, must fit the callers of the version that serves, and answers its
 golden cases before it gets a request. Otherwise it is refused, once, and the old one keeps serving until the pointer
-changes again. The swap is one assignment: a request takes the version that it finds, and no lock. What is in flight ends
-on the old version, which the refreshing thread then unmaps.
+changes again; only what may pass by itself (no memory, no file descriptor, a file server that is away) is tried again, at
+longer and longer intervals. The swap is one assignment: a request takes the version that it finds, and no lock. What is in
+flight ends on the old version, which the refreshing thread then unmaps.
 """
 
 import dataclasses
+import errno
 import logging
 import os
 import sys
@@ -22,7 +24,7 @@ import torch
 
 from runtime_py.artifact import Artifact, load_artifact
 from runtime_py.compatibility import check_compatible
-from runtime_py.errors import ArtifactError, PointerError
+from runtime_py.errors import ArtifactError, PointerError, UnsupportedError
 from runtime_py.golden import read_cases, replay_cases
 from runtime_py.manifest import Manifest, read_manifest
 from runtime_py.pointer import VERSIONS, Pointer, hold_version, read_pointer
@@ -33,6 +35,19 @@ __all__ = ["Refusal", "ReloadStatus", "ReloadingArtifact"]
 _LOGGER = logging.getLogger(__name__)
 _DRAIN_S = 1.0  # requests take milliseconds; who holds a version for longer unmaps it himself
 _DRAIN_STEP_S = 0.002
+_MOST_LOOKS = 60  # between two attempts at what may pass by itself
+_SHUTDOWN = "interpreter shutdown"  # of Python's errors from then on, which come before it runs what sets `_stop`
+_PASSING = (
+    errno.EAGAIN,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOBUFS,
+    errno.ENOLCK,
+    errno.ENOMEM,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+)
 
 _Stamp = tuple[int, int, int] | None
 
@@ -92,18 +107,27 @@ class ReloadingArtifact:
             pointer: the `current.json` that `python -m export publish` writes.
             interval_s: seconds between two looks at the pointer; None: only `refresh` looks.
             allow_signature_change: take a version with other features, outputs or fewer rows, too.
-            options: as of `load_artifact`. With verify="sizes", give prefault=True, so that no request waits for the disk.
+            options: as of `load_artifact`, on a CPU. With verify="sizes", give prefault=True, so that no request waits for
+                the disk.
 
         Raises:
             ArtifactError: there is no current version, or it is refused.
+            UnsupportedError: `device` is no CPU.
         """
         if interval_s is not None and not interval_s > 0:
             raise ValueError(f"interval_s must be greater than 0, or None, got {interval_s!r}")
-        self._path = Path(pointer)
+        if options.get("device", "cpu") != "cpu":
+            # Golden cases are compared bit for bit, which is what graphs on a CPU answer.
+            raise UnsupportedError(
+                f"device {options['device']!r}: a ReloadingArtifact serves from a CPU; on a GPU, load_artifact the version "
+                f"that {pointer} names, and start the server anew for the next"
+            )
+        self._path, self._process = Path(pointer), os.getpid()
         self._allow_change, self._options = allow_signature_change, options
         self._loading = threading.Lock()  # of loads, never of requests
         self._swaps = self._refusals = 0
         self._refusal: Refusal | None = None
+        self._wait_looks = self._waited_looks = 0  # for another attempt; 0: there is none
         self._seen = _stamp(self._path)
         self._checked_at = time.time()
         found = read_pointer(self._path)
@@ -154,7 +178,13 @@ class ReloadingArtifact:
 
         Raises:
             ArtifactError: why the version was refused; the old one keeps serving.
+            UnsupportedError: this process was forked from the one that made it, whose thread may have held the lock.
         """
+        if os.getpid() != self._process:
+            raise UnsupportedError(
+                f"{self._path}: a ReloadingArtifact made in process {self._process} does not refresh in its fork "
+                f"{os.getpid()}; make one in each worker, after the fork"
+            )
         with self._loading:
             self._seen, self._checked_at = _stamp(self._path), time.time()  # before it is read: it may change meanwhile
             pointer = None
@@ -163,10 +193,14 @@ class ReloadingArtifact:
                 serving = self._serving.pointer
                 if (pointer.version, pointer.manifest_digest) == (serving.version, serving.manifest_digest):
                     self._serving = dataclasses.replace(self._serving, pointer=pointer)
-                    self._refusal = None
+                    self._refusal, self._wait_looks = None, 0
                     return False
                 candidate = self._load(pointer, self._serving.artifact.manifest)
             except Exception as error:
+                if threading.current_thread() is self._thread and (self._stop.is_set() or _SHUTDOWN in str(error)):
+                    raise  # the process ends, which is not the version's fault
+                self._wait_looks = min(max(2 * self._wait_looks, 1), _MOST_LOOKS) if _may_pass(error) else 0
+                self._waited_looks = 0
                 self._refuse(None if pointer is None else pointer.version, error)
                 raise
             self._swap(_Serving(candidate, pointer, time.time()))
@@ -223,7 +257,7 @@ class ReloadingArtifact:
     def _swap(self, new: _Serving) -> None:
         old = self._serving.artifact
         self._serving = new
-        self._refusal = None
+        self._refusal, self._wait_looks = None, 0
         _LOGGER.info("%s: serving version %s, pointer %d", self._path, new.pointer.version, new.pointer.sequence)
         self._swaps += 1  # last: who sees it sees the rest
         # To unmap many pages takes long, which no request should have to wait for: it is done here, by the last reference.
@@ -248,8 +282,12 @@ class ReloadingArtifact:
     def _look(self) -> None:
         """One look of the watching thread, which no error ends."""
         self._checked_at = time.time()
-        if _stamp(self._path) == self._seen:
-            return
+        if _stamp(self._path) != self._seen:
+            self._wait_looks = 0
+        else:
+            self._waited_looks += 1
+            if not self._wait_looks or self._waited_looks < self._wait_looks:
+                return
         with suppress(Exception):  # `refresh` has logged and counted it
             self.refresh()
 
@@ -261,6 +299,15 @@ def _watch(reference: "weakref.ref[ReloadingArtifact]", stop: threading.Event, i
             return
         reloading._look()
         del reloading
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether an error says nothing of the version, and the same load may succeed later."""
+    while error is not None:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _PASSING):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _stamp(path: Path) -> _Stamp:

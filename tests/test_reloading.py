@@ -1,9 +1,12 @@
 """An artifact that follows its pointer: what swaps, what is refused, what goes on meanwhile, what is left of the old one."""
 
 import dataclasses
+import errno
 import gc
+import itertools
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +22,7 @@ from support import FEATURES, TABLES, make_rows, run_export, state_dict, with_vo
 from export import build_artifact
 from export.versions import publish_version, roll_back
 from runtime_py import (
+    ArtifactError,
     DigestMismatchError,
     GoldenCaseError,
     IncompatibleError,
@@ -30,9 +34,10 @@ from runtime_py import (
     load_artifact,
     reloading,
 )
+from runtime_py.compatibility import check_compatible
 from runtime_py.digests import sha256
 from runtime_py.golden import GOLDEN
-from runtime_py.manifest import read_manifest
+from runtime_py.manifest import Output, read_manifest
 from runtime_py.pointer import Pointer, read_pointer
 
 REQUEST = {feature: [[0], []] for feature in FEATURES}
@@ -351,6 +356,38 @@ def test_a_version_that_callers_were_not_written_for_is_refused_by_name(change, 
     refused(serving, IncompatibleError, f"{message}.*; callers count on what is served: publish to another root, or ")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda outputs: outputs[::-1],
+            "outputs are age, tag, last_item, item, user; user, item, last_item, tag, age as served; ",
+        ),
+        (
+            lambda outputs: [Output("new", 4), *outputs],
+            "outputs are new, user, item, last_item, tag, age; user, item, ",
+        ),
+        (
+            lambda outputs: [*outputs, Output("new", 4)],
+            "outputs are user, item, last_item, tag, age, new; user, item, ",
+        ),
+        (lambda outputs: outputs[:2], "outputs are user, item; user, item, last_item, tag, age as served"),
+        (lambda outputs: [Output("user", 4), *outputs[1:]], "output 'user' has dim 4, 8 as served"),
+    ],
+)
+def test_outputs_are_the_same_in_the_same_order_or_the_version_is_refused(change, message, first):
+    manifest = read_manifest(first)
+    check_compatible(manifest, manifest)
+    with pytest.raises(IncompatibleError, match=f"^{message}"):
+        check_compatible(manifest, dataclasses.replace(manifest, outputs=change(manifest.outputs)))
+
+
+def test_a_table_may_not_shrink_where_only_the_new_version_has_a_vocabulary(root, serving, build, tmp_path):
+    tables = with_vocabularies(tmp_path / "entities")
+    publish_version(build("pruned", [tables[0] | {"num_embeddings": 260}, *tables[1:]]), root)
+    refused(serving, IncompatibleError, "table 'user' has 260 rows, 300 as served")
+
+
 def test_a_signature_may_change_where_that_is_allowed(root, build):
     with ReloadingArtifact(root / "current.json", interval_s=None, allow_signature_change=True) as serving:
         publish_version(build("feature-names", CHANGES["feature names"][0]), root)
@@ -433,17 +470,185 @@ def test_a_version_that_is_being_deleted_is_refused(root, serving, second):
 
 def test_a_defect_while_loading_is_a_refusal_too_and_keeps_its_traceback(root, second, monkeypatch, caplog):
     def fail(*_, **__):
-        raise MemoryError("no room")
+        raise RuntimeError("no room")
 
     with ReloadingArtifact(root / "current.json", interval_s=0.01) as serving:
         monkeypatch.setattr(reloading, "load_artifact", fail)
         publish_version(second, root)
         wait(lambda: serving.status().refusals == 1)
         assert serving.status().watching, "no error ends the thread"
-        assert serving.status().refusal.error == "MemoryError: no room"
+        assert serving.status().refusal.error == "RuntimeError: no room"
         assert caplog.records[0].exc_info
+        for _ in range(100):
+            serving._look()
+        assert serving.status().refusals == 1, "a defect of the candidate is not tried again"
         monkeypatch.undo()
         assert serving.refresh(), "asked for by hand, it is tried again"
+
+
+def wrapped(error: OSError) -> ArtifactError:
+    made = ArtifactError(f"cannot be read: {error}")
+    made.__cause__ = error
+    return made
+
+
+PASSING = {
+    "no file descriptor": OSError(errno.EMFILE, "Too many open files"),
+    "no memory": MemoryError(),
+    "a file server that is away": wrapped(OSError(errno.ESTALE, "Stale file handle")),
+    "a disk that does not answer": wrapped(OSError(errno.EIO, "Input/output error")),
+}
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_what_may_pass_by_itself_is_tried_again_at_longer_and_longer_intervals(
+    name, root, serving, second, monkeypatch
+):
+    load, looks, attempts = reloading.load_artifact, 0, []
+
+    def fail(*arguments, **options):
+        attempts.append(looks)
+        if len(attempts) < 10:
+            raise PASSING[name]
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(reloading, "load_artifact", fail)
+    publish_version(second, root)
+    while serving.status().swaps == 0 and looks < 1000:
+        serving._look()
+        looks += 1
+    gaps = [after - before for before, after in itertools.pairwise(attempts)]
+    assert gaps == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert serving.status().refusal is None
+    assert serving(REQUEST).artifact_id == artifact_id(second)
+
+
+def test_a_pointer_that_moves_is_followed_at_once_whatever_passes(root, serving, first, second, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as context:
+        context.setattr(reloading, "load_artifact", fail)
+        publish_version(second, root)
+        for _ in range(20):
+            serving._look()
+        assert serving.status().refusals == 5
+    os.utime(root / "current.json")
+    serving._look()
+    assert serving(REQUEST).artifact_id == artifact_id(second)
+
+
+def test_a_file_of_the_version_that_is_missing_is_not_tried_again(root, serving, second):
+    publish_version(second, root)
+    shutil.rmtree(current_folder(root))
+    for _ in range(20):
+        serving._look()
+    assert serving.status().refusals == 1
+
+
+def test_a_fork_says_that_it_does_not_refresh_while_a_load_of_its_parent_was_under_way(root):
+    done = subprocess.run(
+        [sys.executable, "-c", FORK_DURING_A_LOAD, root / "current.json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(
+        r".*/current\.json: a ReloadingArtifact made in process (\d+) does not refresh in its fork (?!\1)\d+; "
+        r"make one in each worker, after the fork\nNone\n",
+        done.stdout,
+    )
+
+
+FORK_DURING_A_LOAD = """
+import os, signal, sys
+from runtime_py import ReloadingArtifact, UnsupportedError
+
+serving = ReloadingArtifact(sys.argv[1], interval_s=None)
+serving._loading.acquire()  # as a load does
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    try:
+        serving.refresh()
+    except UnsupportedError as error:
+        print(error, serving.status().refusal, sep="\\n", flush=True)
+    os._exit(0)
+sys.exit(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_process_that_ends_during_a_reload_refuses_nothing(root, second):
+    with subprocess.Popen(
+        [sys.executable, "-c", END_DURING_A_LOAD, root / "current.json"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        assert server.stdout.readline() == "ready\n"
+        publish_version(second, root)
+        out, errors = server.communicate()
+    assert (server.returncode, out, errors) == (
+        0,
+        "RuntimeError: cannot schedule new futures after interpreter shutdown\n",
+        "",
+    )
+
+
+END_DURING_A_LOAD = """
+import atexit, sys, threading
+from concurrent.futures import ThreadPoolExecutor
+from runtime_py import ReloadingArtifact, reloading
+
+begun, ended = threading.Event(), threading.Event()
+
+def load(*arguments, **options):
+    begun.set()
+    try:
+        while True:  # until Python shuts its executors down
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(int).result()
+    except RuntimeError as error:
+        print(f"RuntimeError: {error}", flush=True)
+        raise
+
+look = ReloadingArtifact._look
+
+def look_and_tell(self):
+    look(self)
+    if begun.is_set():
+        ended.set()
+
+ReloadingArtifact._look = look_and_tell
+serving = ReloadingArtifact(sys.argv[1], interval_s=0.01)
+atexit.register(ended.wait, 20)  # before what sets the stop event: the last that is registered is the first to run
+reloading.load_artifact = load
+print("ready", flush=True)
+begun.wait(20)
+"""
+
+
+def test_once_it_is_stopped_its_thread_refuses_nothing(root, second, monkeypatch, caplog):
+    begun = threading.Event()
+    with ReloadingArtifact(root / "current.json", interval_s=0.01) as serving:
+
+        def fail(*_, **__):
+            begun.set()
+            serving._stop.wait(WAIT_S)
+            raise OSError(errno.EBADF, "closed")
+
+        monkeypatch.setattr(reloading, "load_artifact", fail)
+        publish_version(second, root)
+        assert begun.wait(WAIT_S)
+    assert (serving.status().refusal, serving.status().refusals, caplog.records) == (None, 0, [])
+    monkeypatch.undo()
+    assert serving.refresh(), "by hand it goes on"
+
+
+def test_a_gpu_is_refused_in_one_line(root):
+    with pytest.raises(
+        UnsupportedError, match=r"^device 'cuda:1': a ReloadingArtifact serves from a CPU; on a GPU, .*\.json"
+    ):
+        ReloadingArtifact(root / "current.json", device="cuda:1")
 
 
 def test_nothing_to_serve_at_the_start_is_an_error(tmp_path, root):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import fcntl
 import json
 import os
 import random
@@ -27,6 +28,7 @@ from runtime_py import (
     load_artifact,
     verify_artifact,
 )
+from runtime_py.digests import sha256
 from runtime_py.manifest import read_manifest
 from runtime_py.pointer import hold_version, read_pointer
 
@@ -147,27 +149,72 @@ def test_publishing_an_earlier_version_only_moves_the_pointer(artifacts, root):
     assert (root / "versions" / a).stat().st_ino == inode
 
 
-def test_the_same_rows_with_other_graph_files_are_a_version_of_their_own(artifacts, artifact_copy, root):
-    """A lookup that was mended and built anew must not be mistaken for the one before, which has its id."""
-    from runtime_py.digests import sha256
-
-    first = publish_version(artifacts[0], root).version
-    manifest = read_manifest(artifact_copy)
+def with_another_graph_file(artifact: Path) -> Path:
+    """The artifact, changed to one of the same id whose graph file is another."""
+    manifest = read_manifest(artifact)
     graph = manifest.graphs[0].path
-    with (artifact_copy / graph).open("ab") as file:
+    with (artifact / graph).open("ab") as file:
         file.write(b"\0")
-    data = (artifact_copy / graph).read_bytes()
+    data = (artifact / graph).read_bytes()
     files = [
         dataclasses.replace(file, bytes=len(data), digest=sha256(data)) if file.path == graph else file
         for file in manifest.files
     ]
-    (artifact_copy / "manifest.json").write_bytes(dataclasses.replace(manifest, files=files).to_bytes())
-    second = publish_version(artifact_copy, root)
+    (artifact / "manifest.json").write_bytes(dataclasses.replace(manifest, files=files).to_bytes())
+    return artifact
+
+
+def test_the_same_rows_with_other_graph_files_are_a_version_of_their_own(artifacts, artifact_copy, root):
+    """A lookup that was mended and built anew must not be mistaken for the one before, which has its id."""
+    first = publish_version(artifacts[0], root).version
+    second = publish_version(with_another_graph_file(artifact_copy), root)
     digest = read_manifest(artifact_copy).manifest_digest.value
     assert second.version == f"{first}-{digest[:12]}"
     assert (second.artifact_id, second.copied, current(root)) == (first, True, second.version)
     assert roll_back(root).version == first
     assert publish_version(artifact_copy, root).copied is False
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_a_publisher_of_the_same_id_that_was_faster_does_not_take_the_place_of_other_files(
+    same, artifacts, artifact_copy, root, monkeypatch
+):
+    mine = artifact_copy if same else with_another_graph_file(artifact_copy)
+    copy = versions._copy_artifact
+
+    def copy_slowly(*arguments):
+        monkeypatch.undo()
+        copy(*arguments)
+        publish_version(artifacts[0], root)
+
+    monkeypatch.setattr(versions, "_copy_artifact", copy_slowly)
+    move = publish_version(mine, root)
+    assert (move.copied, move.moved) == (not same, not same)
+    assert read_pointer(root / "current.json").manifest_digest == read_manifest(mine).manifest_digest
+    assert len(listed(root)) == (1 if same else 2)
+    assert verify_artifact(root / "versions" / move.version) == read_manifest(mine)
+
+
+def test_a_version_that_was_replaced_by_other_files_before_it_was_held_is_not_made_current(
+    artifacts, artifact_copy, root, monkeypatch
+):
+    a = publish_version(artifacts[0], root).version
+    b = publish_version(artifacts[1], root).version
+    other = with_another_graph_file(artifact_copy)
+
+    class HoldTooLate(versions._Hold):
+        def __init__(self, version: Path) -> None:
+            shutil.rmtree(version)
+            shutil.copytree(other, version)
+            super().__init__(version)
+
+    with monkeypatch.context() as context:
+        context.setattr(versions, "_Hold", HoldTooLate)
+        with pytest.raises(PublishError, match=f"{a}: was replaced meanwhile; publish again"):
+            publish_version(artifacts[0], root)
+    assert current(root) == b
+    digest = read_manifest(artifacts[0]).manifest_digest.value
+    assert publish_version(artifacts[0], root).version == f"{a}-{digest[:12]}"
 
 
 def test_the_same_rows_built_again_are_the_version_that_is_there(artifacts, root, tmp_path, dcp_snapshot):
@@ -274,6 +321,26 @@ def test_rolling_back_to_a_named_version_skips_those_between(artifacts, root):
     assert {c, d} < listed(root)
 
 
+def test_a_version_that_is_published_during_a_rollback_is_not_taken_back(artifacts, root, monkeypatch):
+    a, b = (publish_version(artifact, root).version for artifact in artifacts[:2])
+    verify = versions.verify_artifact
+    others = [artifacts[2], artifacts[3]]
+
+    def verify_slowly(version):
+        monkeypatch.undo()
+        publish_version(others.pop(0), root)
+        return verify(version)
+
+    monkeypatch.setattr(versions, "verify_artifact", verify_slowly)
+    with pytest.raises(PublishError, match=r"current\.json: was moved meanwhile; look what is current, and run again"):
+        roll_back(root)
+    pointer = read_pointer(root / "current.json")
+    assert (pointer.version, pointer.history) == (ids(artifacts)[2], [b, a])
+    monkeypatch.setattr(versions, "verify_artifact", verify_slowly)
+    assert roll_back(root, a).version == a, "who names one means it, whatever is current"
+    assert others == []
+
+
 @pytest.mark.parametrize(
     ("name", "message"), [("zz", "no version starts with 'zz'"), ("", "no version starts with ''")]
 )
@@ -327,6 +394,59 @@ def test_a_version_that_a_server_holds_is_spared_until_it_lets_go(artifacts, roo
     assert listed(root) == {b, move.version}
     with pytest.raises(MissingFileError, match="no such version"):
         hold_version(root / "versions" / a)
+
+
+@pytest.mark.parametrize("call", ["open", "flock", "rename"])
+def test_a_version_that_cannot_be_deleted_is_kept_with_the_reason_and_what_is_published_is(
+    call, artifacts, root, monkeypatch
+):
+    a, b = (publish_version(artifact, root).version for artifact in artifacts[:2])
+    (root / "versions" / ("0" * 64)).write_bytes(b"no folder")
+    happen = {"open": os.open, "flock": fcntl.flock, "rename": Path.rename}[call]
+
+    def refuse(target, *arguments, **options):
+        path = os.readlink(f"/proc/self/fd/{target}") if call == "flock" else str(target)
+        if f"versions/{a}" in path and (call != "open" or arguments[0] & os.O_RDWR):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return happen(target, *arguments, **options)
+
+    place = {"open": os, "flock": fcntl, "rename": Path}[call]
+    with monkeypatch.context() as context:
+        context.setattr(place, call, refuse)
+        move = publish_version(artifacts[2], root, keep=2)
+    assert move.kept == {"0" * 64: "Not a directory", a: "Read-only file system"}
+    assert (move.moved, move.deleted, move.in_use) == (True, [], [])
+    assert current(root) == move.version
+    done = run_export("publish", artifacts[2], "--to", root, "--keep", "2")
+    lines = [f"deleted    {a}", f"kept       {'0' * 64}: cannot be deleted: Not a directory"]
+    assert (done.returncode, done.stdout.splitlines()[2:], done.stderr) == (0, lines, "")
+    assert listed(root) == {"0" * 64, b, move.version}
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_what_is_held_is_the_version_that_is_there_not_one_that_was_deleted_meanwhile(
+    anew, artifacts, root, monkeypatch
+):
+    version = root / "versions" / publish_version(artifacts[0], root).version
+    lock = fcntl.flock
+
+    def delete_first(fd, operation):
+        monkeypatch.undo()
+        shutil.move(version, root / "deleted")
+        if anew:
+            shutil.copytree(root / "deleted", version)
+        lock(fd, operation)
+
+    files = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(fcntl, "flock", delete_first)
+    if anew:
+        held = hold_version(version)
+        assert os.path.samestat(os.fstat(held), (version / "manifest.json").stat())
+        os.close(held)
+    else:
+        with pytest.raises(MissingFileError, match=r"no such version: manifest\.json: No such file or directory"):
+            hold_version(version)
+    assert len(os.listdir("/proc/self/fd")) == files
 
 
 def test_a_loaded_artifact_answers_after_its_files_are_gone(artifacts, root):
@@ -422,7 +542,7 @@ def test_the_commands_say_what_is_current(artifacts, root):
     assert (done.returncode, done.stdout, done.stderr) == (0, f"current    {a}\n", "")
     document = json.loads(run_export("publish", artifacts[1], "--to", root, "--keep", "2", "--json").stdout)
     expected = {"root": str(root), "version": b, "artifact_id": b, "sequence": 2, "moved": True, "copied": True}
-    assert document == expected | {"history": [a], "deleted": [], "in_use": []}
+    assert document == expected | {"history": [a], "deleted": [], "in_use": [], "kept": {}}
     assert run_export("rollback", "--to", root).stdout == f"current    {a}\n"
     done = run_export("rollback", "--to", root, b[:12])
     assert done.stdout == f"current    {b}\nbefore     {a}\n"
