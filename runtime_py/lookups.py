@@ -126,6 +126,7 @@ class Lookups:
         else:
             self._check_out(out, bags)
         outside: list[int] = []
+        inference = torch.is_inference_mode_enabled()  # a mode is its thread's, and `out` may be a tensor of it
 
         def run_piece(piece: tuple[int, int]) -> None:
             first, end = piece
@@ -136,7 +137,8 @@ class Lookups:
                 lengths = request.lengths
                 if self._lookup_checked is None:
                     lengths = lengths.view(count, bags)[:, first:end].reshape(-1)
-                out[first:end].copy_(self._call(ids[:-1], cut, lengths, weights))
+                with torch.inference_mode(inference):
+                    out[first:end].copy_(self._call(ids[:-1], cut, lengths, weights))
             self._scratch.give(room)
 
         team.run(run_piece, self._choose_pieces(team, offsets, bags))

@@ -107,6 +107,22 @@ def test_pieces_treat_ids_outside_as_the_whole_does(one: Artifact, three: Artifa
     assert torch.equal(values, before)
 
 
+@pytest.mark.usefixtures("tiny_pieces")
+@pytest.mark.parametrize("buffer", ["none", "of the mode", "usual"])
+def test_pieces_are_looked_up_under_the_inference_mode_of_their_caller(
+    one: Artifact, three: Artifact, buffer: str
+) -> None:
+    usual = torch.empty(64, WIDTH)
+    for seed in range(20):
+        values, lengths, _ = draw(seed, 64, 6)
+        with torch.inference_mode():
+            out = {"none": None, "of the mode": torch.empty(64, WIDTH), "usual": usual}[buffer]
+            pooled = three.lookup(values, lengths, out=out)
+        assert pooled.is_inference() == (buffer != "usual")
+        assert torch.equal(pooled, one.lookup(values, lengths))
+        assert not three.lookup(values, lengths).is_inference()
+
+
 @given(lengths=st.lists(st.integers(0, 12), max_size=40), pieces=st.integers(1, 9))
 @settings(deadline=None, max_examples=200)
 def test_pieces_cover_every_bag_once_and_none_is_empty(one: Artifact, lengths: list[int], pieces: int) -> None:
