@@ -770,6 +770,21 @@ def test_what_is_looked_up_is_a_copy_so_that_no_id_changes_between_its_check_and
         assert not np.shares_memory(copy, original.numpy())
 
 
+def test_ids_that_are_cut_short_while_they_are_checked_are_looked_up_as_they_were(weighted: Artifact) -> None:
+    """Offsets that end behind the ids would make the lookup read whatever lies there."""
+    values, lengths = raw(BAGS)
+    count = len(values)
+    expected = weighted.lookup(values, lengths, torch.ones(count))
+
+    class Cutting:
+        def __array__(self, *_: object, **__: object) -> np.ndarray:
+            values.resize_(2)
+            return np.ones(count, np.float32)
+
+    assert torch.equal(weighted.lookup(values, lengths, Cutting()), expected)  # type: ignore[arg-type]
+    assert len(values) == 2
+
+
 def test_lengths_that_change_while_they_are_checked_are_refused(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
