@@ -121,10 +121,12 @@ class Lookups:
         """None where `check` is asked, and ids may be outside."""
         count, offsets = self._features, request.offsets
         bags = (offsets.size - 1) // count
-        if out is None:
-            out = torch.empty(bags, self.width, dtype=torch.float32, device="cpu")
-        else:
+        if out is not None:
             self._check_out(out, bags)
+        if out is None or _overlaps(out, request):  # a piece must not write what another still reads
+            pooled = torch.empty(bags, self.width, dtype=torch.float32, device="cpu")
+        else:
+            pooled = out
         outside: list[int] = []
         inference = torch.is_inference_mode_enabled()  # a mode is its thread's, and `out` may be a tensor of it
 
@@ -138,11 +140,13 @@ class Lookups:
                 if self._lookup_checked is None:
                     lengths = lengths.view(count, bags)[:, first:end].reshape(-1)
                 with torch.inference_mode(inference):
-                    out[first:end].copy_(self._call(ids[:-1], cut, lengths, weights))
+                    pooled[first:end].copy_(self._call(ids[:-1], cut, lengths, weights))
             self._scratch.give(room)
 
         team.run(run_piece, self._choose_pieces(team, offsets, bags))
-        return None if outside else out
+        if outside:
+            return None
+        return pooled if out is None or pooled is out else out.copy_(pooled)
 
     def _choose_pieces(self, team: Team, offsets: np.ndarray, bags: int) -> list[tuple[int, int]]:
         """Ranges of bags with about the same work: a bag of a feature counts as an id, too, since its result is written."""
@@ -189,3 +193,10 @@ class Lookups:
             raise InvalidInputError(
                 f"out: expected elements with memory of their own, got strides {list(out.stride())}"
             )
+
+
+def _overlaps(out: torch.Tensor, request: Checked) -> bool:
+    """Whether the two may have memory in common."""
+    answer = out.detach().numpy()
+    parts = [request.values, request.lengths.numpy(), *([] if request.weights is None else [request.weights.numpy()])]
+    return any(np.may_share_memory(answer, part) for part in parts)

@@ -224,6 +224,29 @@ def test_results_go_into_the_callers_buffer(
     assert torch.equal(out[:1], one(features).values)
 
 
+@pytest.mark.usefixtures("tiny_pieces")
+@pytest.mark.parametrize("part", ["values", "lengths", "weights"])
+@pytest.mark.parametrize("made_by", ["torch", "numpy"])
+def test_a_buffer_may_lie_over_the_request_that_it_answers(weighted: list[Artifact], part: str, made_by: str) -> None:
+    """A piece that is done must not change what the next one reads."""
+    request = dict(zip(("values", "lengths", "weights"), draw(3, 400, 8), strict=True))
+    expected = weighted[0].lookup(*request.values())
+    given = request[part]
+    memory = np.zeros(expected.numel() + 2 * given.numel(), np.float32)
+    start = 400 * WIDTH // 2 // 2 * 2  # in the midst of the answer
+    for artifact in weighted:
+        if made_by == "torch":
+            base = torch.from_numpy(memory)
+            over = base[start : start + given.numel() * given.element_size() // 4].view(given.dtype)
+            out = base[: expected.numel()].view(400, WIDTH)
+        else:  # two storages over one memory
+            over = torch.from_numpy(memory[start : start + given.numel() * given.element_size() // 4]).view(given.dtype)
+            out = torch.from_numpy(memory[: expected.numel()]).view(400, WIDTH)
+        over.copy_(given)
+        assert artifact.lookup(*(request | {part: over}).values(), out=out) is out
+        assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize(
     ("out", "text"),
     [
