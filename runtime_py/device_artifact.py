@@ -114,7 +114,8 @@ class DeviceArtifact(Artifact):
             values: int64 [N], the ids, feature after feature in the manifest's order; on the host or the device.
             lengths: int32 [F * B], feature-major, where `values` are.
             per_sample_weights: float32 [N] where the artifact is weighted, else None.
-            out: float32 [B, sum(D)] on the device, where the embeddings are written; by default a new tensor.
+            out: float32 [B, sum(D)] on the device, where the embeddings are written; by default a new tensor. After an
+                error its contents are undefined.
             stream: where the lookup runs, after what the caller's current stream holds by now; by default on that stream.
                 The answer is ready for what is put on the same stream after it.
 

@@ -69,6 +69,8 @@ class Lookups:
     ) -> tuple[torch.Tensor, Mapping[str, int]]:
         """Checks and looks up a request in the raw signature; the result is in `out` where one is given.
 
+        After an error what `out` holds is undefined: a piece may have been done before another was refused.
+
         Returns:
             float32 [B, width], and how many ids were replaced, by feature.
 
