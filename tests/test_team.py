@@ -2,8 +2,10 @@
 
 import gc
 import os
+import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -34,6 +36,70 @@ def test_a_failure_of_a_piece_reaches_the_caller_when_all_pieces_have_ended() ->
     assert len(done) == 11
     team.run(done.append, range(12, 20))  # and the team goes on
     assert len(done) == 19
+
+
+@pytest.fixture
+def alarm() -> Iterator[Callable[..., None]]:
+    """Starts a timer whose handler raises TimeoutError in the main thread, perhaps again and again."""
+
+    def handle(*_: object) -> None:
+        raise TimeoutError
+
+    gc.collect()
+    gc.disable()  # a handler must not raise in a finalizer, either
+    before = signal.signal(signal.SIGALRM, handle)
+    yield lambda *seconds: signal.setitimer(signal.ITIMER_REAL, *seconds)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+    gc.enable()
+
+
+@pytest.mark.parametrize("again", [0.0, 0.05], ids=["once", "again and again"])
+def test_no_piece_is_worked_on_after_a_signal_handler_has_raised(alarm: Callable[..., None], again: float) -> None:
+    """A caller that was told of a timeout uses its memory for something else."""
+    team = Team(3)
+    begun, ended = [], []
+    both = threading.Barrier(3)
+
+    def work(piece: int) -> None:
+        begun.append(piece)
+        both.wait(timeout=20)  # two helpers hold a piece each
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.3)
+        ended.append(piece)
+
+    alarm(0.1, again)
+    with pytest.raises(TimeoutError):
+        team.run(work, range(3))
+    alarm(0)
+    assert sorted(ended) == sorted(begun) == [0, 1, 2]
+    done: list[int] = []
+    team.run(done.append, range(5))  # and the team goes on
+    assert sorted(done) == list(range(5))
+
+
+def test_a_signal_handler_that_raises_at_any_moment_leaves_no_piece_behind(alarm: Callable[..., None]) -> None:
+    team = Team(2)
+    late = 0
+    for turn in range(300):
+        at_work: list[int] = []
+
+        def work(piece: int, at_work: list[int] = at_work) -> None:
+            at_work.append(piece)
+            time.sleep(0.0001)
+            at_work.remove(piece)
+
+        try:
+            alarm(1e-5 + turn * 4e-6)
+            team.run(work, range(8))
+            alarm(0)
+        except TimeoutError:
+            late += 1
+            held = list(at_work)  # what the handler cut off in the caller itself stays noted: one piece at most
+            time.sleep(0.0003)
+            assert at_work == held
+            assert len(held) <= 1
+    assert late > 20
 
 
 def test_many_callers_share_one_team() -> None:
