@@ -107,20 +107,40 @@ class Team:
 
     def _start(self) -> None:
         self._queue: _Queue = SimpleQueue()
-        ready = [threading.Event() for _ in range(self.threads - 1)]
-        for number, event in enumerate(ready):
-            name = f"embedding lookups {number}"
-            threading.Thread(target=_serve, args=(self._queue, event), name=name, daemon=True).start()
-        for event in ready:
-            event.wait()
-        torch.set_num_threads(torch.get_num_threads())  # threads to come start with what was set last: not a helper's 1
         weakref.finalize(self, _dismiss, self._queue, self.threads - 1).atexit = False
+        failures: list[RuntimeError] = []
+        starter = threading.Thread(target=_start_helpers, args=(self._queue, self.threads - 1, failures), daemon=True)
+        starter.start()
+        starter.join()
+        if failures:
+            raise failures[0]
         self._process = os.getpid()
 
 
+def _start_helpers(queue: _Queue, helpers: int, failures: list[RuntimeError]) -> None:
+    """On a new thread. `torch.set_num_threads` sets the thread's own number and that of all threads to come.
+
+    A thread takes that number at its first use, so that a new one can tell what was set last, whoever did, and set it again
+    when all helpers have set theirs. The number of whoever makes a team may be another one, and stays what it is.
+    """
+    setting = torch.get_num_threads()
+    ready: list[threading.Event] = []
+    try:
+        for number in range(helpers):
+            event = threading.Event()
+            name = f"embedding lookups {number}"
+            threading.Thread(target=_serve, args=(queue, event), name=name, daemon=True).start()
+            ready.append(event)
+    except RuntimeError as error:  # the process may have no more threads
+        failures.append(error)
+    for event in ready:
+        event.wait()
+    torch.set_num_threads(setting)
+
+
 def _serve(queue: _Queue, ready: threading.Event) -> None:
-    torch.set_num_threads(1)  # of this thread: an operator must not open a parallel region within a piece
-    torch.get_num_threads()  # a thread's first use takes what was set last, by any thread: let that be now
+    torch.set_num_threads(1)  # an operator must not open a parallel region within a piece
+    torch.get_num_threads()  # the first use, or it would take what is set later
     ready.set()
     while True:
         job = queue.get()

@@ -141,6 +141,49 @@ def test_operators_in_a_piece_have_one_thread_and_others_keep_theirs() -> None:
         torch.set_num_threads(before)
 
 
+def test_a_team_keeps_what_was_set_last_for_threads_to_come_whoever_makes_it() -> None:
+    """As where a version is loaded on a thread that began before the server set its number."""
+    before = torch.get_num_threads()
+    begun, go = threading.Event(), threading.Event()
+    counts: dict[str, int] = {}
+
+    def make() -> None:
+        torch.get_num_threads()
+        begun.set()
+        go.wait(timeout=20)
+        Team(3)
+        counts["maker"] = torch.get_num_threads()
+
+    torch.set_num_threads(4)
+    try:
+        maker = threading.Thread(target=make)
+        maker.start()
+        begun.wait(timeout=20)
+        torch.set_num_threads(2)
+        go.set()
+        maker.join()
+        later = threading.Thread(target=lambda: counts.setdefault("later", torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert counts == {"maker": 4, "later": 2}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_process_that_may_have_no_more_threads_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "embedding lookups 1":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        Team(3)
+
+
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 def test_a_fork_starts_threads_of_its_own() -> None:
     team = Team(2)
