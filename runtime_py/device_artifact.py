@@ -71,6 +71,7 @@ class DeviceArtifact(Artifact):
         Ids that are replaced are not counted.
         """
         if hasattr(features, "weights_or_none") and hasattr(features, "keys") and hasattr(features, "to"):
+            self._reader.check_form(features)
             request = Request(features.values(), features.lengths(), features.weights_or_none())
             if list(features.keys()) == self._reader.features and self.is_plain(request):
                 return self._named(self.lookup(*request, out=out, stream=stream))

@@ -98,6 +98,17 @@ class RequestReader:
             if name in names
         }
 
+    def check_form(self, features: Any) -> None:
+        """Refuses a `KeyedJaggedTensor` that its values, lengths and weights alone do not describe.
+
+        Raises:
+            InvalidInputError: it has a batch size for each key, or inverse indices.
+        """
+        if getattr(features, "variable_stride_per_key", bool)():
+            raise InvalidInputError("the KeyedJaggedTensor has another batch size for each key; give one batch size")
+        if getattr(features, "inverse_indices_or_none", lambda: None)() is not None:
+            raise InvalidInputError("the KeyedJaggedTensor has inverse indices; give the bags themselves")
+
     def _check_complete(self, names: Sequence[str]) -> None:
         if len(names) != len(self.features):  # none is unknown, none is there twice
             missing = next(name for name in self.features if name not in names)
@@ -171,10 +182,7 @@ class RequestReader:
         )
 
     def _check_keyed_jagged(self, features: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        if getattr(features, "variable_stride_per_key", bool)():
-            raise InvalidInputError("the KeyedJaggedTensor has another batch size for each key; give one batch size")
-        if getattr(features, "inverse_indices_or_none", lambda: None)() is not None:
-            raise InvalidInputError("the KeyedJaggedTensor has inverse indices; give the bags themselves")
+        self.check_form(features)
         values = as_integers("KeyedJaggedTensor: values", features.values())
         lengths = as_integers("KeyedJaggedTensor: lengths", features.lengths())
         weights = features.weights_or_none()

@@ -128,6 +128,26 @@ def test_a_request_by_name_and_a_keyed_jagged_tensor_answer_alike(here: Artifact
         assert pooled.keys() == keys
 
 
+@pytest.mark.parametrize("case", ["inverse indices", "a batch size for each key"])
+def test_a_keyed_jagged_tensor_that_needs_more_than_its_bags_is_refused(
+    here: Artifact, there: DeviceArtifact, case: str
+) -> None:
+    keys = [feature.name for feature in here.manifest.features]
+    count = 2 * len(keys)
+    ids, lengths = torch.zeros(count, dtype=torch.int64), torch.ones(count, dtype=torch.int32)
+    more: dict[str, Any] = {"inverse_indices": (keys, torch.zeros(len(keys), 4, dtype=torch.int64))}
+    if case != "inverse indices":
+        more = {"stride_per_key_per_rank": [[3], [1], *[[2]] * (len(keys) - 2)]}
+    weights = torch.ones(count) if here.manifest.weighted else None
+    features = KeyedJaggedTensor(keys, ids, lengths=lengths, weights=weights, **more)
+    texts = []
+    for artifact in (here, there):
+        with pytest.raises(InvalidInputError, match=case.split()[-1]) as caught:
+            artifact(features)
+        texts.append(str(caught.value))
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_ids_and_lengths_may_be_int32_or_int64_and_strided(here: Artifact, there: DeviceArtifact, dtype: Any) -> None:
     values, lengths, weights = draw(here, 3, 6)
