@@ -91,6 +91,8 @@ class RequestReader:
         """The bags of these features of a request, by name."""
         if isinstance(features, Mapping):
             return {name: features[name] for name in names}
+        if not names:
+            return {}
         keys, by_key, pieces, weights = self._split_keyed_jagged(features)
         return {
             name: Jagged(pieces[i], by_key[i], weights[i] if weights and name in self._weighted else None)
@@ -172,7 +174,7 @@ class RequestReader:
 
     def _read_keyed_jagged(self, features: Any) -> Request:
         if list(features.keys()) == self.features:
-            return Request(*self._check_keyed_jagged(features))
+            return Request(*self._check_keyed_jagged(features, self.features))
         keys, by_key, pieces, weights = self._split_keyed_jagged(features)
         order = [keys.index(name) for name in self.features]
         return Request(
@@ -181,15 +183,19 @@ class RequestReader:
             None if weights is None else torch.cat([weights[i] for i in order]),
         )
 
-    def _check_keyed_jagged(self, features: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def _check_keyed_jagged(
+        self, features: Any, keys: Sequence[str]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         self.check_form(features)
         values = as_integers("KeyedJaggedTensor: values", features.values())
         lengths = as_integers("KeyedJaggedTensor: lengths", features.lengths())
         weights = features.weights_or_none()
-        if (weights is not None) != bool(self._weighted):
-            takes = f"features {sorted(self._weighted)} take" if self._weighted else "no feature takes"
-            raise InvalidInputError(f"KeyedJaggedTensor: {takes} per-sample weights")
+        wanted = self._weighted.intersection(keys)  # weights of other keys are not read, and may be left out
+        if weights is None and wanted:
+            raise InvalidInputError(f"KeyedJaggedTensor: features {sorted(wanted)} take per-sample weights")
         if weights is not None:
+            if not self._weighted:
+                raise InvalidInputError("KeyedJaggedTensor: no feature takes per-sample weights")
             weights = as_floats("KeyedJaggedTensor: weights", weights, values.numel())
         return values, lengths, weights
 
@@ -198,7 +204,7 @@ class RequestReader:
     ) -> tuple[list[str], torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor] | None]:
         """By key, in its own order: lengths [keys, B], ids, and weights."""
         keys = list(features.keys())
-        values, lengths, weights = self._check_keyed_jagged(features)
+        values, lengths, weights = self._check_keyed_jagged(features, keys)
         if lengths.numel() % len(keys):
             raise InvalidInputError(f"KeyedJaggedTensor: {lengths.numel()} lengths for {len(keys)} keys")
         by_key = lengths.view(len(keys), -1)
