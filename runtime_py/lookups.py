@@ -189,12 +189,24 @@ class Lookups:
             raise InvalidInputError(f"out: expected a float32 tensor on the CPU, got {got}")
         if out.shape != (bags, self.width):
             raise InvalidInputError(f"out: expected shape [{bags}, {self.width}], got {list(out.shape)}")
-        if out.requires_grad or out.layout is not torch.strided:
+        if out.requires_grad or out.layout is not torch.strided or out.is_neg():
             raise InvalidInputError("out: expected a dense tensor without a gradient")
-        if 0 in out.stride() and out.numel() > 1:
+        if not out.is_contiguous() and not _has_memory_for_each(out):
             raise InvalidInputError(
                 f"out: expected elements with memory of their own, got strides {list(out.stride())}"
             )
+
+
+def _has_memory_for_each(out: torch.Tensor) -> bool:
+    """Whether every stride reaches over all that lies within the smaller ones: then no two elements share memory."""
+    reach = 1
+    for stride, size in sorted(
+        (stride, size) for stride, size in zip(out.stride(), out.shape, strict=True) if size > 1
+    ):
+        if stride < reach:
+            return False
+        reach += (size - 1) * stride
+    return True
 
 
 def _overlaps(out: torch.Tensor, request: Checked) -> bool:

@@ -224,6 +224,26 @@ def test_results_go_into_the_callers_buffer(
     assert torch.equal(out[:1], one(features).values)
 
 
+@pytest.mark.parametrize("strides", [(0, 1), (1, 1), (WIDTH, 1), (7, 1)])
+def test_the_stride_of_a_single_bag_does_not_matter(one: Artifact, strides: tuple[int, int]) -> None:
+    request = torch.zeros(5, dtype=torch.int64), torch.ones(5, dtype=torch.int32)
+    out = torch.zeros(WIDTH).as_strided((1, WIDTH), strides)
+    assert torch.equal(one.lookup(*request, out=out), one.lookup(*request))
+
+
+@given(rows=st.integers(0, 4), row=st.integers(0, 80), column=st.integers(0, 4))
+@settings(deadline=None, max_examples=300)
+def test_a_buffer_whose_elements_share_memory_is_refused(one: Artifact, rows: int, row: int, column: int) -> None:
+    out = torch.zeros(4 * 80 + WIDTH * 4).as_strided((rows, WIDTH), (row, column))
+    places = {bag * row + place * column for bag in range(rows) for place in range(WIDTH)}
+    request = torch.zeros(5 * rows, dtype=torch.int64), torch.ones(5 * rows, dtype=torch.int32)
+    if len(places) < rows * WIDTH:
+        text = f"out: expected elements with memory of their own, got strides [{row}, {column}]"
+        assert refusal(lambda: one.lookup(*request, out=out)) == text
+    elif row >= WIDTH * column or rows * row <= column:  # rows or columns, one after the other
+        assert torch.equal(one.lookup(*request, out=out), one.lookup(*request))
+
+
 @pytest.mark.usefixtures("tiny_pieces")
 @pytest.mark.parametrize("part", ["values", "lengths", "weights"])
 @pytest.mark.parametrize("made_by", ["torch", "numpy"])
@@ -260,9 +280,10 @@ def test_a_buffer_may_lie_over_the_request_that_it_answers(weighted: list[Artifa
         (np.zeros((1, WIDTH), np.float32), "out: expected a float32 tensor on the CPU, got ndarray"),
         (torch.zeros(1, WIDTH, requires_grad=True), "out: expected a dense tensor without a gradient"),
         (torch.zeros(1, WIDTH).to_sparse(), "out: expected a dense tensor without a gradient"),
+        (torch._neg_view(torch.zeros(1, WIDTH)), "out: expected a dense tensor without a gradient"),
         (torch.zeros(1, 1).expand(1, WIDTH), "out: expected elements with memory of their own, got strides [1, 0]"),
     ],
-    ids=["rows", "dimensions", "type", "device", "array", "gradient", "sparse", "expanded"],
+    ids=["rows", "dimensions", "type", "device", "array", "gradient", "sparse", "negative", "expanded"],
 )
 @pytest.mark.parametrize("split", [False, True])
 def test_a_buffer_that_does_not_fit_is_refused(
