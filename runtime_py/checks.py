@@ -201,7 +201,7 @@ class RequestChecker:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    return tensor.dim() == 1 and tensor.is_cpu and tensor.layout is torch.strided
+    return tensor.dim() == 1 and tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_neg()
 
 
 def check_lengths(features: Sequence[str], lengths: torch.Tensor, count: int) -> torch.Tensor:
