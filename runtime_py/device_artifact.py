@@ -79,6 +79,14 @@ class DeviceArtifact(Artifact):
         request = self._reader.read(features, extra_features)
         return self._named(self.lookup(*request, out=out, stream=stream))
 
+    def pool(self, *_: object, **__: object) -> torch.Tensor:
+        """Not on a GPU.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(f"pool is for a CPU, and the rows are on {self.device}; load the artifact there, too")
+
     def lookup_entities(
         self,
         features: Any,
@@ -233,7 +241,7 @@ class DeviceArtifact(Artifact):
         values, lengths, weights = request
         self.check_size(lengths)
         verdict = Verdict(self.inspect(request))
-        weights = None if weights is None else weights.to(torch.float32)
+        weights = None if weights is None else weights.detach().to(torch.float32)
         pooled = self.run_on_device(Request(values.to(torch.int64), lengths.to(torch.int32), weights))
         self.raise_if_bad(verdict.wait(), request)
         return pooled

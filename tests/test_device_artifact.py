@@ -321,6 +321,25 @@ def test_a_lookup_of_fixed_shape_refuses_what_is_bad_and_goes_on(here: Artifact,
     assert same_bits(captured(*good), here.lookup(*good))
 
 
+def test_weights_that_require_a_gradient_are_only_read(here: Artifact, there: DeviceArtifact) -> None:
+    if not here.manifest.weighted:
+        return
+    captured = there.capture(bags=6, ids=5 * 6 * len(here.manifest.features))
+    for seed in range(2):
+        request = draw(here, seed, 6)
+        assert request.per_sample_weights is not None
+        expected = here.lookup(*request)
+        asking = request._replace(per_sample_weights=request.per_sample_weights.clone().requires_grad_())
+        for pooled in (there.lookup(*asking), captured(*asking)):
+            assert not pooled.requires_grad
+            assert same_bits(pooled, expected)
+
+
+def test_what_a_surgery_takes_is_shown_on_a_cpu_only(here: Artifact, there: DeviceArtifact) -> None:
+    with pytest.raises(UnsupportedError, match=r"^pool is for a CPU, and the rows are on cpu; load the artifact there"):
+        there.pool(*draw(here, 0, 2))
+
+
 @pytest.mark.parametrize(("bags", "ids"), [(0, 1), (1, 0)])
 def test_a_shape_of_nothing_is_a_mistake_of_the_caller(there: DeviceArtifact, bags: int, ids: int) -> None:
     with pytest.raises(ValueError, match=f"bags and ids must be 1 or more, got {bags} and {ids}"):
