@@ -4,7 +4,8 @@ It is not torchrec's Python, which neither scripts nor traces safely, but the op
 buffers. Rows are one flat uint8 buffer, `weights`, that a loader attaches: in the saved graph it is a placeholder.
 
 The graph is safe whatever it is given: an id outside its table becomes -1, FBGEMM's mark for a pruned row, on a copy,
-and contributes zero; a negative length counts as zero; lengths that do not add up to the number of values raise.
+and contributes zero; a negative length counts as zero; lengths that do not add up to the number of values raise, and so
+does another number of weights. (AOTInductor takes that number for granted: it is one symbol of the exported program.)
 
 A scripted module also looks rows up on a GPU, where a loader pads rows and sets the attributes that `_prepare_device`
 lists. An operator that raises there ends the process's use of the device: lengths that do not add up are then cut instead.
@@ -100,6 +101,8 @@ class _PlainOpLookup(torch.nn.Module):
         self.cache_times = torch.zeros(0, 0, dtype=torch.int64)
 
     def pool(self, values: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        if weights is not None and weights.numel() != values.numel():  # sizes, which the host knows: no GPU is asked
+            raise ValueError(f"per_sample_weights: {weights.numel()} weights for {values.numel()} values")
         lengths = lengths.clamp(min=0)
         by_feature = lengths.view(self.num_features, -1)
         limits = self.spread(self.num_embeddings, by_feature, values)

@@ -136,6 +136,8 @@ def load_aot_inductor(
         raise GraphError(f"{graph.path} cannot be loaded: {last_line(error)}; {versions(graph)}") from error
 
     def run(*inputs: torch.Tensor) -> torch.Tensor:
+        if len(inputs) > 2 and inputs[2].numel() != inputs[0].numel():  # compiled code reads as many as there are ids
+            raise ValueError(f"per_sample_weights: {inputs[2].numel()} weights for {inputs[0].numel()} values")
         [pooled] = loader.boxed_run([tensor.contiguous() for tensor in inputs])  # it reads them as if they were
         return pooled
 

@@ -78,7 +78,8 @@ class Artifact:
             features: a mapping from each feature name to B bags of ids (or to a `Jagged`), or a torchrec
                 `KeyedJaggedTensor` in any key order.
             extra_features: "error" refuses a name that is no feature, "ignore" passes over it.
-            out: float32 [B, sum(D)] on the CPU, where the embeddings are written; by default a new tensor.
+            out: float32 [B, sum(D)] on the CPU, where the embeddings are written; by default a new tensor. After an error
+                its contents are undefined.
 
         Raises:
             InvalidInputError: naming feature, position, value and what is allowed.

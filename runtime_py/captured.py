@@ -108,4 +108,4 @@ class CapturedLookup:
         self._buffers.values[:count].copy_(request.values)
         self._buffers.lengths.copy_(request.lengths)
         if self._buffers.per_sample_weights is not None and request.per_sample_weights is not None:
-            self._buffers.per_sample_weights[:count].copy_(request.per_sample_weights)
+            self._buffers.per_sample_weights[:count].copy_(request.per_sample_weights.detach())

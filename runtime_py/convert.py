@@ -23,8 +23,9 @@ def is_sequence(data: Any) -> bool:
 
 def as_ids(where: str, bag: Any) -> np.ndarray:
     """One bag as int64 [L]."""
+    _refuse_mask(where, bag)
     try:
-        array = np.asarray(bag.detach() if isinstance(bag, torch.Tensor) else bag)
+        array = np.asarray(bag.detach().resolve_neg() if isinstance(bag, torch.Tensor) else bag)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise InvalidInputError(f"{where}: expected ids, got {bag!r:.80}") from error
     if array.ndim != 1:
@@ -63,6 +64,7 @@ def as_floats(what: str, data: Any, count: int) -> torch.Tensor:
 
 def _tensor(what: str, data: Any, expected: str) -> torch.Tensor:
     if not isinstance(data, torch.Tensor):
+        _refuse_mask(what, data)
         try:
             array = np.array(data)
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
@@ -79,8 +81,14 @@ def _tensor(what: str, data: Any, expected: str) -> torch.Tensor:
         raise InvalidInputError(f"{what}: expected one dimension, got shape {list(data.shape)}")
     if data.device.type != "cpu":
         raise InvalidInputError(f"{what}: expected a tensor on the CPU, got one on {data.device}")
-    tensor: torch.Tensor = data.detach()
+    tensor: torch.Tensor = data.detach().resolve_neg()
     return tensor
+
+
+def _refuse_mask(what: str, data: Any) -> None:
+    """numpy would pass over the mask, and take what lies under it."""
+    if isinstance(data, np.ndarray) and isinstance(data, np.ma.MaskedArray):
+        raise InvalidInputError(f"{what}: got a masked array; give its compressed() values, or filled(…)")
 
 
 def _name(dtype: torch.dtype) -> str:

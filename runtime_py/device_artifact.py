@@ -71,12 +71,21 @@ class DeviceArtifact(Artifact):
         Ids that are replaced are not counted.
         """
         if hasattr(features, "weights_or_none") and hasattr(features, "keys") and hasattr(features, "to"):
+            self._reader.check_form(features)
             request = Request(features.values(), features.lengths(), features.weights_or_none())
             if list(features.keys()) == self._reader.features and self.is_plain(request):
                 return self._named(self.lookup(*request, out=out, stream=stream))
             features = features.to(torch.device("cpu"))
         request = self._reader.read(features, extra_features)
         return self._named(self.lookup(*request, out=out, stream=stream))
+
+    def pool(self, *_: object, **__: object) -> torch.Tensor:
+        """Not on a GPU.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(f"pool is for a CPU, and the rows are on {self.device}; load the artifact there, too")
 
     def lookup_entities(
         self,
@@ -114,7 +123,8 @@ class DeviceArtifact(Artifact):
             values: int64 [N], the ids, feature after feature in the manifest's order; on the host or the device.
             lengths: int32 [F * B], feature-major, where `values` are.
             per_sample_weights: float32 [N] where the artifact is weighted, else None.
-            out: float32 [B, sum(D)] on the device, where the embeddings are written; by default a new tensor.
+            out: float32 [B, sum(D)] on the device, where the embeddings are written; by default a new tensor. After an
+                error its contents are undefined.
             stream: where the lookup runs, after what the caller's current stream holds by now; by default on that stream.
                 The answer is ready for what is put on the same stream after it.
 
@@ -231,7 +241,7 @@ class DeviceArtifact(Artifact):
         values, lengths, weights = request
         self.check_size(lengths)
         verdict = Verdict(self.inspect(request))
-        weights = None if weights is None else weights.to(torch.float32)
+        weights = None if weights is None else weights.detach().to(torch.float32)
         pooled = self.run_on_device(Request(values.to(torch.int64), lengths.to(torch.int32), weights))
         self.raise_if_bad(verdict.wait(), request)
         return pooled

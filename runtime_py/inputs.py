@@ -91,12 +91,25 @@ class RequestReader:
         """The bags of these features of a request, by name."""
         if isinstance(features, Mapping):
             return {name: features[name] for name in names}
+        if not names:
+            return {}
         keys, by_key, pieces, weights = self._split_keyed_jagged(features)
         return {
             name: Jagged(pieces[i], by_key[i], weights[i] if weights and name in self._weighted else None)
             for i, name in enumerate(keys)
             if name in names
         }
+
+    def check_form(self, features: Any) -> None:
+        """Refuses a `KeyedJaggedTensor` that its values, lengths and weights alone do not describe.
+
+        Raises:
+            InvalidInputError: it has a batch size for each key, or inverse indices.
+        """
+        if getattr(features, "variable_stride_per_key", bool)():
+            raise InvalidInputError("the KeyedJaggedTensor has another batch size for each key; give one batch size")
+        if getattr(features, "inverse_indices_or_none", lambda: None)() is not None:
+            raise InvalidInputError("the KeyedJaggedTensor has inverse indices; give the bags themselves")
 
     def _check_complete(self, names: Sequence[str]) -> None:
         if len(names) != len(self.features):  # none is unknown, none is there twice
@@ -161,7 +174,7 @@ class RequestReader:
 
     def _read_keyed_jagged(self, features: Any) -> Request:
         if list(features.keys()) == self.features:
-            return Request(*self._check_keyed_jagged(features))
+            return Request(*self._check_keyed_jagged(features, self.features))
         keys, by_key, pieces, weights = self._split_keyed_jagged(features)
         order = [keys.index(name) for name in self.features]
         return Request(
@@ -170,18 +183,19 @@ class RequestReader:
             None if weights is None else torch.cat([weights[i] for i in order]),
         )
 
-    def _check_keyed_jagged(self, features: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        if getattr(features, "variable_stride_per_key", bool)():
-            raise InvalidInputError("the KeyedJaggedTensor has another batch size for each key; give one batch size")
-        if getattr(features, "inverse_indices_or_none", lambda: None)() is not None:
-            raise InvalidInputError("the KeyedJaggedTensor has inverse indices; give the bags themselves")
+    def _check_keyed_jagged(
+        self, features: Any, keys: Sequence[str]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        self.check_form(features)
         values = as_integers("KeyedJaggedTensor: values", features.values())
         lengths = as_integers("KeyedJaggedTensor: lengths", features.lengths())
         weights = features.weights_or_none()
-        if (weights is not None) != bool(self._weighted):
-            takes = f"features {sorted(self._weighted)} take" if self._weighted else "no feature takes"
-            raise InvalidInputError(f"KeyedJaggedTensor: {takes} per-sample weights")
+        wanted = self._weighted.intersection(keys)  # weights of other keys are not read, and may be left out
+        if weights is None and wanted:
+            raise InvalidInputError(f"KeyedJaggedTensor: features {sorted(wanted)} take per-sample weights")
         if weights is not None:
+            if not self._weighted:
+                raise InvalidInputError("KeyedJaggedTensor: no feature takes per-sample weights")
             weights = as_floats("KeyedJaggedTensor: weights", weights, values.numel())
         return values, lengths, weights
 
@@ -190,7 +204,7 @@ class RequestReader:
     ) -> tuple[list[str], torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor] | None]:
         """By key, in its own order: lengths [keys, B], ids, and weights."""
         keys = list(features.keys())
-        values, lengths, weights = self._check_keyed_jagged(features)
+        values, lengths, weights = self._check_keyed_jagged(features, keys)
         if lengths.numel() % len(keys):
             raise InvalidInputError(f"KeyedJaggedTensor: {lengths.numel()} lengths for {len(keys)} keys")
         by_key = lengths.view(len(keys), -1)

@@ -69,6 +69,8 @@ class Lookups:
     ) -> tuple[torch.Tensor, Mapping[str, int]]:
         """Checks and looks up a request in the raw signature; the result is in `out` where one is given.
 
+        After an error what `out` holds is undefined: a piece may have been done before another was refused.
+
         Returns:
             float32 [B, width], and how many ids were replaced, by feature.
 
@@ -121,11 +123,14 @@ class Lookups:
         """None where `check` is asked, and ids may be outside."""
         count, offsets = self._features, request.offsets
         bags = (offsets.size - 1) // count
-        if out is None:
-            out = torch.empty(bags, self.width, dtype=torch.float32, device="cpu")
-        else:
+        if out is not None:
             self._check_out(out, bags)
+        if out is None or _overlaps(out, request):  # a piece must not write what another still reads
+            pooled = torch.empty(bags, self.width, dtype=torch.float32, device="cpu")
+        else:
+            pooled = out
         outside: list[int] = []
+        inference = torch.is_inference_mode_enabled()  # a mode is its thread's, and `out` may be a tensor of it
 
         def run_piece(piece: tuple[int, int]) -> None:
             first, end = piece
@@ -136,11 +141,14 @@ class Lookups:
                 lengths = request.lengths
                 if self._lookup_checked is None:
                     lengths = lengths.view(count, bags)[:, first:end].reshape(-1)
-                out[first:end].copy_(self._call(ids[:-1], cut, lengths, weights))
+                with torch.inference_mode(inference):
+                    pooled[first:end].copy_(self._call(ids[:-1], cut, lengths, weights))
             self._scratch.give(room)
 
         team.run(run_piece, self._choose_pieces(team, offsets, bags))
-        return None if outside else out
+        if outside:
+            return None
+        return pooled if out is None or pooled is out else out.copy_(pooled)
 
     def _choose_pieces(self, team: Team, offsets: np.ndarray, bags: int) -> list[tuple[int, int]]:
         """Ranges of bags with about the same work: a bag of a feature counts as an id, too, since its result is written."""
@@ -181,9 +189,28 @@ class Lookups:
             raise InvalidInputError(f"out: expected a float32 tensor on the CPU, got {got}")
         if out.shape != (bags, self.width):
             raise InvalidInputError(f"out: expected shape [{bags}, {self.width}], got {list(out.shape)}")
-        if out.requires_grad or out.layout is not torch.strided:
+        if out.requires_grad or out.layout is not torch.strided or out.is_neg():
             raise InvalidInputError("out: expected a dense tensor without a gradient")
-        if 0 in out.stride() and out.numel() > 1:
+        if not out.is_contiguous() and not _has_memory_for_each(out):
             raise InvalidInputError(
                 f"out: expected elements with memory of their own, got strides {list(out.stride())}"
             )
+
+
+def _has_memory_for_each(out: torch.Tensor) -> bool:
+    """Whether every stride reaches over all that lies within the smaller ones: then no two elements share memory."""
+    reach = 1
+    for stride, size in sorted(
+        (stride, size) for stride, size in zip(out.stride(), out.shape, strict=True) if size > 1
+    ):
+        if stride < reach:
+            return False
+        reach += (size - 1) * stride
+    return True
+
+
+def _overlaps(out: torch.Tensor, request: Checked) -> bool:
+    """Whether the two may have memory in common."""
+    answer = out.detach().numpy()
+    parts = [request.values, request.lengths.numpy(), *([] if request.weights is None else [request.weights.numpy()])]
+    return any(np.may_share_memory(answer, part) for part in parts)

@@ -110,6 +110,16 @@ def test_any_number_of_bags_and_ids_is_answered_as_by_torchscript(built, bags):
     assert torch.equal(first.view(torch.int32), second.view(torch.int32))
 
 
+def test_another_number_of_weights_than_ids_is_refused_before_compiled_code_reads_them(built):
+    graph = load_artifact(built.artifact, backend="aot_inductor").graph
+    features = len(built.manifest.features)
+    request = torch.zeros(features, dtype=torch.int64), torch.ones(features, dtype=torch.int32)
+    for count in (0, features - 1, features + 1):
+        with pytest.raises(ValueError, match=f"per_sample_weights: {count} weights for {features} values"):
+            graph(*request, torch.ones(count))
+    assert graph(*request, torch.ones(features)).shape[0] == 1
+
+
 def test_a_server_maps_the_rows_once_writes_no_temporary_file_and_imports_no_compiler(built, tmp_path):
     program = """
 import os, sys, tempfile

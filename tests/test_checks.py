@@ -84,6 +84,14 @@ def test_a_policy_is_parsed_into_the_row_that_is_looked_up(built_artifact: Path)
         parse_policy("x", "row:7", tables)
 
 
+def test_the_counts_of_an_answer_are_its_own(artifact: Artifact) -> None:
+    request = {name: [[0]] for name in FEATURES}
+    counts: Any = artifact(request).invalid_ids
+    with pytest.raises(TypeError):
+        counts["user"] = 99
+    assert artifact.with_invalid_ids("zero")(request).invalid_ids == {}
+
+
 def test_counts_of_many_threads_add_up(artifact: Artifact) -> None:
     zeroing = artifact.with_invalid_ids("zero")
 

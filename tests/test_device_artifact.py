@@ -128,6 +128,26 @@ def test_a_request_by_name_and_a_keyed_jagged_tensor_answer_alike(here: Artifact
         assert pooled.keys() == keys
 
 
+@pytest.mark.parametrize("case", ["inverse indices", "a batch size for each key"])
+def test_a_keyed_jagged_tensor_that_needs_more_than_its_bags_is_refused(
+    here: Artifact, there: DeviceArtifact, case: str
+) -> None:
+    keys = [feature.name for feature in here.manifest.features]
+    count = 2 * len(keys)
+    ids, lengths = torch.zeros(count, dtype=torch.int64), torch.ones(count, dtype=torch.int32)
+    more: dict[str, Any] = {"inverse_indices": (keys, torch.zeros(len(keys), 4, dtype=torch.int64))}
+    if case != "inverse indices":
+        more = {"stride_per_key_per_rank": [[3], [1], *[[2]] * (len(keys) - 2)]}
+    weights = torch.ones(count) if here.manifest.weighted else None
+    features = KeyedJaggedTensor(keys, ids, lengths=lengths, weights=weights, **more)
+    texts = []
+    for artifact in (here, there):
+        with pytest.raises(InvalidInputError, match=case.split()[-1]) as caught:
+            artifact(features)
+        texts.append(str(caught.value))
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_ids_and_lengths_may_be_int32_or_int64_and_strided(here: Artifact, there: DeviceArtifact, dtype: Any) -> None:
     values, lengths, weights = draw(here, 3, 6)
@@ -299,6 +319,25 @@ def test_a_lookup_of_fixed_shape_refuses_what_is_bad_and_goes_on(here: Artifact,
     assert refusal(captured, request) == too_many.format(request.values.numel())
     good = draw(here, 2, 2)
     assert same_bits(captured(*good), here.lookup(*good))
+
+
+def test_weights_that_require_a_gradient_are_only_read(here: Artifact, there: DeviceArtifact) -> None:
+    if not here.manifest.weighted:
+        return
+    captured = there.capture(bags=6, ids=5 * 6 * len(here.manifest.features))
+    for seed in range(2):
+        request = draw(here, seed, 6)
+        assert request.per_sample_weights is not None
+        expected = here.lookup(*request)
+        asking = request._replace(per_sample_weights=request.per_sample_weights.clone().requires_grad_())
+        for pooled in (there.lookup(*asking), captured(*asking)):
+            assert not pooled.requires_grad
+            assert same_bits(pooled, expected)
+
+
+def test_what_a_surgery_takes_is_shown_on_a_cpu_only(here: Artifact, there: DeviceArtifact) -> None:
+    with pytest.raises(UnsupportedError, match=r"^pool is for a CPU, and the rows are on cpu; load the artifact there"):
+        there.pool(*draw(here, 0, 2))
 
 
 @pytest.mark.parametrize(("bags", "ids"), [(0, 1), (1, 0)])

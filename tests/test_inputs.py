@@ -517,6 +517,39 @@ def test_what_numpy_holds_and_torch_does_not_is_refused_by_name(
     refused(lambda: artifact(with_bags(user=[UNUSUAL[kind]])), "feature 'user', bag 0: ")
 
 
+MASKED = np.ma.array([1, 0], mask=[True, False])
+
+
+@pytest.mark.parametrize("where", ["bag", "matrix", "values", "lengths", "weights", "raw"])
+def test_a_masked_array_is_refused_by_name(weighted: Artifact, where: str) -> None:
+    user = {
+        "bag": [MASKED],
+        "matrix": MASKED[None, :],
+        "values": Jagged(MASKED, [2], [1.0, 1.0]),
+        "lengths": Jagged([3], MASKED, [1.0]),
+        "weights": Jagged([3, 4], [2], MASKED.astype(np.float32)),
+    }
+    text = "got a masked array; give its compressed() values, or filled(…)"
+    if where == "raw":
+        refused(lambda: weighted.lookup(MASKED, [1, 1, 0, 0, 0], [1.0, 1.0]), f"values: {text}")  # type: ignore[arg-type]
+        return
+    with pytest.raises(InvalidInputError, match=rf"^feature 'user'.*: {re.escape(text)}$"):
+        weighted(with_bags(user=user[where], age=Jagged([0], [1], [1.0])))
+
+
+def test_a_tensor_whose_sign_is_a_flag_is_read_as_what_it_shows(weighted: Artifact) -> None:
+    values, lengths = raw(BAGS)
+    weights = torch.arange(len(values)) * 0.5
+    expected = weighted.lookup(values, lengths, weights)
+    assert torch.equal(weighted.lookup(*(torch._neg_view(-part) for part in (values, lengths, weights))), expected)
+    jagged = {
+        name: Jagged([0], [1], [1.0]) if name in ("user", "age") else [torch._neg_view(torch.tensor([0]))]
+        for name in FEATURES
+    }
+    plain = jagged | {name: [[0]] for name in FEATURES if name not in ("user", "age")}
+    assert torch.equal(weighted(jagged).values, weighted(plain).values)
+
+
 @pytest.mark.parametrize("length", [INT64_MIN, -(2**31) - 1, -(2**31), -1])
 def test_a_negative_length_is_refused_as_it_is_however_far_from_zero(artifact: Artifact, length: int) -> None:
     """The smallest int64 has no absolute value, and its lower half is 0."""
@@ -768,6 +801,21 @@ def test_what_is_looked_up_is_a_copy_so_that_no_id_changes_between_its_check_and
     checked = checked_by(artifact, values, lengths)
     for copy, original in ((checked.values, values), (checked.offsets, lengths)):
         assert not np.shares_memory(copy, original.numpy())
+
+
+def test_ids_that_are_cut_short_while_they_are_checked_are_looked_up_as_they_were(weighted: Artifact) -> None:
+    """Offsets that end behind the ids would make the lookup read whatever lies there."""
+    values, lengths = raw(BAGS)
+    count = len(values)
+    expected = weighted.lookup(values, lengths, torch.ones(count))
+
+    class Cutting:
+        def __array__(self, *_: object, **__: object) -> np.ndarray:
+            values.resize_(2)
+            return np.ones(count, np.float32)
+
+    assert torch.equal(weighted.lookup(values, lengths, Cutting()), expected)  # type: ignore[arg-type]
+    assert len(values) == 2
 
 
 def test_lengths_that_change_while_they_are_checked_are_refused(

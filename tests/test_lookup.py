@@ -180,6 +180,23 @@ def test_the_memory_layout_of_a_request_does_not_matter(layout):
     assert torch.equal(module(*request[:2], one), module(*request[:2], torch.full((4,), 0.5)))
 
 
+@pytest.mark.parametrize("kinds", ["weighted", "mixed"])
+@pytest.mark.parametrize("raises", [True, False], ids=["on a CPU", "as on a GPU"])
+def test_another_number_of_weights_than_ids_raises(kinds, raises):
+    """Behind fewer weights FBGEMM would read whatever lies there."""
+    features = [Feature("a", "a", "sum", kinds == "weighted"), Feature("c", "c", "sum", True)]
+    module = make_lookup(TABLES, features)
+    module.weights, _ = fill(TABLES)
+    scripted = torch.jit.script(module)
+    values, lengths = torch.tensor([1, 2, 3, 4]), torch.tensor([2, 2], dtype=torch.int32)
+    for lookup in (module, scripted):
+        lookup.raises = raises
+        for weights in (torch.ones(8)[:3], torch.ones(5), torch.ones(0), torch.ones(4, 0)):
+            with pytest.raises((ValueError, torch.jit.Error), match=f"{weights.numel()} weights for 4 values"):
+                lookup(values, lengths, weights)
+        assert lookup(values, lengths, torch.ones(4)).shape == (1, 304)
+
+
 _GUARDED = """
 import ctypes, mmap, sys
 import numpy as np, torch

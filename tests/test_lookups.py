@@ -107,6 +107,22 @@ def test_pieces_treat_ids_outside_as_the_whole_does(one: Artifact, three: Artifa
     assert torch.equal(values, before)
 
 
+@pytest.mark.usefixtures("tiny_pieces")
+@pytest.mark.parametrize("buffer", ["none", "of the mode", "usual"])
+def test_pieces_are_looked_up_under_the_inference_mode_of_their_caller(
+    one: Artifact, three: Artifact, buffer: str
+) -> None:
+    usual = torch.empty(64, WIDTH)
+    for seed in range(20):
+        values, lengths, _ = draw(seed, 64, 6)
+        with torch.inference_mode():
+            out = {"none": None, "of the mode": torch.empty(64, WIDTH), "usual": usual}[buffer]
+            pooled = three.lookup(values, lengths, out=out)
+        assert pooled.is_inference() == (buffer != "usual")
+        assert torch.equal(pooled, one.lookup(values, lengths))
+        assert not three.lookup(values, lengths).is_inference()
+
+
 @given(lengths=st.lists(st.integers(0, 12), max_size=40), pieces=st.integers(1, 9))
 @settings(deadline=None, max_examples=200)
 def test_pieces_cover_every_bag_once_and_none_is_empty(one: Artifact, lengths: list[int], pieces: int) -> None:
@@ -208,6 +224,49 @@ def test_results_go_into_the_callers_buffer(
     assert torch.equal(out[:1], one(features).values)
 
 
+@pytest.mark.parametrize("strides", [(0, 1), (1, 1), (WIDTH, 1), (7, 1)])
+def test_the_stride_of_a_single_bag_does_not_matter(one: Artifact, strides: tuple[int, int]) -> None:
+    request = torch.zeros(5, dtype=torch.int64), torch.ones(5, dtype=torch.int32)
+    out = torch.zeros(WIDTH).as_strided((1, WIDTH), strides)
+    assert torch.equal(one.lookup(*request, out=out), one.lookup(*request))
+
+
+@given(rows=st.integers(0, 4), row=st.integers(0, 80), column=st.integers(0, 4))
+@settings(deadline=None, max_examples=300)
+def test_a_buffer_whose_elements_share_memory_is_refused(one: Artifact, rows: int, row: int, column: int) -> None:
+    out = torch.zeros(4 * 80 + WIDTH * 4).as_strided((rows, WIDTH), (row, column))
+    places = {bag * row + place * column for bag in range(rows) for place in range(WIDTH)}
+    request = torch.zeros(5 * rows, dtype=torch.int64), torch.ones(5 * rows, dtype=torch.int32)
+    if len(places) < rows * WIDTH:
+        text = f"out: expected elements with memory of their own, got strides [{row}, {column}]"
+        assert refusal(lambda: one.lookup(*request, out=out)) == text
+    elif row >= WIDTH * column or rows * row <= column:  # rows or columns, one after the other
+        assert torch.equal(one.lookup(*request, out=out), one.lookup(*request))
+
+
+@pytest.mark.usefixtures("tiny_pieces")
+@pytest.mark.parametrize("part", ["values", "lengths", "weights"])
+@pytest.mark.parametrize("made_by", ["torch", "numpy"])
+def test_a_buffer_may_lie_over_the_request_that_it_answers(weighted: list[Artifact], part: str, made_by: str) -> None:
+    """A piece that is done must not change what the next one reads."""
+    request = dict(zip(("values", "lengths", "weights"), draw(3, 400, 8), strict=True))
+    expected = weighted[0].lookup(*request.values())
+    given = request[part]
+    memory = np.zeros(expected.numel() + 2 * given.numel(), np.float32)
+    start = 400 * WIDTH // 2 // 2 * 2  # in the midst of the answer
+    for artifact in weighted:
+        if made_by == "torch":
+            base = torch.from_numpy(memory)
+            over = base[start : start + given.numel() * given.element_size() // 4].view(given.dtype)
+            out = base[: expected.numel()].view(400, WIDTH)
+        else:  # two storages over one memory
+            over = torch.from_numpy(memory[start : start + given.numel() * given.element_size() // 4]).view(given.dtype)
+            out = torch.from_numpy(memory[: expected.numel()]).view(400, WIDTH)
+        over.copy_(given)
+        assert artifact.lookup(*(request | {part: over}).values(), out=out) is out
+        assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize(
     ("out", "text"),
     [
@@ -221,9 +280,10 @@ def test_results_go_into_the_callers_buffer(
         (np.zeros((1, WIDTH), np.float32), "out: expected a float32 tensor on the CPU, got ndarray"),
         (torch.zeros(1, WIDTH, requires_grad=True), "out: expected a dense tensor without a gradient"),
         (torch.zeros(1, WIDTH).to_sparse(), "out: expected a dense tensor without a gradient"),
+        (torch._neg_view(torch.zeros(1, WIDTH)), "out: expected a dense tensor without a gradient"),
         (torch.zeros(1, 1).expand(1, WIDTH), "out: expected elements with memory of their own, got strides [1, 0]"),
     ],
-    ids=["rows", "dimensions", "type", "device", "array", "gradient", "sparse", "expanded"],
+    ids=["rows", "dimensions", "type", "device", "array", "gradient", "sparse", "negative", "expanded"],
 )
 @pytest.mark.parametrize("split", [False, True])
 def test_a_buffer_that_does_not_fit_is_refused(

@@ -24,6 +24,11 @@ def artifact(vocabulary_artifact: Path) -> Artifact:
     return load_artifact(vocabulary_artifact)
 
 
+@pytest.fixture(scope="module")
+def golden() -> Artifact:
+    return load_artifact(Path(__file__).parents[1] / "artifacts" / "golden" / "format-1")
+
+
 def table_of(feature: str) -> str:
     return "item" if feature == "last_item" else feature
 
@@ -54,6 +59,28 @@ def test_entities_may_come_in_a_keyed_jagged_tensor(artifact: Artifact, keys: li
     )
     pooled = artifact.lookup_entities(features, rows=ROWS)
     assert torch.equal(pooled.values, artifact({**ENTITY_ROWS, **ROWS}).values)
+
+
+def test_all_features_may_be_rows_beside_an_empty_keyed_jagged_tensor(artifact: Artifact) -> None:
+    every = {**ENTITY_ROWS, **ROWS}
+    pooled = artifact.lookup_entities(KeyedJaggedTensor.empty(), rows=every)
+    assert torch.equal(pooled.values, artifact(every).values)
+
+
+def test_a_keyed_jagged_tensor_needs_weights_only_for_keys_of_its_own(golden: Artifact) -> None:
+    """Of the golden artifact: `user` has a vocabulary, `seen` is weighted."""
+    names = [feature.name for feature in golden.manifest.features]
+    rows: dict[str, Any] = {name: [[0]] for name in names if name not in ("user", "seen")}
+    rows["seen"] = Jagged([2], [1], [0.5])
+    features = KeyedJaggedTensor(keys=["user"], values=torch.tensor([1000]), lengths=torch.tensor([1]))
+    expected = golden({**rows, "user": [[1]]}).values
+    assert torch.equal(golden.lookup_entities(features, rows=rows).values, expected)
+    refused(lambda: golden(keyed_rows(names)), "KeyedJaggedTensor: features ['seen'] take per-sample weights")
+
+
+def keyed_rows(names: list[str]) -> KeyedJaggedTensor:
+    zeros = torch.zeros(len(names), dtype=torch.int64)
+    return KeyedJaggedTensor(keys=names, values=zeros, lengths=torch.ones(len(names), dtype=torch.int32))
 
 
 @given(data=st.data(), batch=st.integers(0, 4))
