@@ -158,6 +158,69 @@ class Printing(nn.Module):
         return pooled["user"]
 
 
+class Foreign(nn.Module):
+    """An operator of FBGEMM's that the build has, as torchrec brings it, and no server."""
+
+    def forward(self, pooled: Pooled) -> torch.Tensor:
+        codes = torch.ops.fbgemm.FloatToHFP8Quantized(pooled["user"].contiguous(), 4, 14, 2.0)
+        if len(codes) < 1000:  # a block of its own
+            return torch.ops.fbgemm.HFP8QuantizedToFloat(codes, 4, 14)
+        return pooled["user"]
+
+
+class Ignoring(nn.Module):
+    """Leaves a part of itself in Python."""
+
+    @torch.jit.ignore
+    def helper(self, user: torch.Tensor) -> torch.Tensor:
+        return user * 2
+
+    def forward(self, pooled: Pooled) -> torch.Tensor:
+        return self.helper(pooled["user"])
+
+
+class Unused(nn.Module):
+    """Needs what TorchScript compiles to an exception."""
+
+    @torch.jit.unused
+    def helper(self, user: torch.Tensor) -> torch.Tensor:
+        return user * 2
+
+    def forward(self, pooled: Pooled) -> torch.Tensor:
+        return self.helper(pooled["user"])
+
+
+class Objects(nn.Module):
+    """Keeps what has no text that every process would give it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = Scale(2.0)
+
+    def forward(self, pooled: Pooled) -> torch.Tensor:
+        return pooled["user"] * self.scale.value
+
+
+@torch.jit.script
+class Scale:
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+
+class Scaled(nn.Module):
+    """Answers by plain values, which TorchScript's graph has by name only; `inner` lies one module down."""
+
+    def __init__(self, scale: float = 0.5, inner: float = 1.0, constant: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.shifts = {"user": [inner]}
+        many = torch.full((2000,), constant)  # a constant of a traced function, printed without its values
+        self.constant = torch.jit.trace(lambda values: values * many[0], torch.zeros(1, 8))
+
+    def forward(self, pooled: Pooled) -> torch.Tensor:
+        return self.constant(pooled["user"]) * self.scale + self.shifts["user"][0]
+
+
 class MakingConstants(nn.Module):
     """Makes a tensor of Python numbers whenever it is called."""
 

@@ -1,5 +1,6 @@
 """A module of the release inside every graph: right, mapped, in the manifest, and refused by name where it cannot be."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from support import (
     surgery_state,
     write_config,
 )
+from surgeries import Scaled
 from torch.distributed import checkpoint
 
 from export import build_artifact
@@ -40,6 +42,8 @@ from export.plan import Clock, plan_release, preview_release
 from export.progress import NoProgress
 from export.ranks import joined_ranks
 from export.splice import OpenedSurgery, TensorSplice
+from export.surgery import NormalizeAndProject
+from export.surgery_code import digest_code
 from export.surgery_parity import surgery_bound
 from runtime_py import (
     DigestMismatchError,
@@ -353,6 +357,13 @@ def returns(what: str) -> dict[str, Any]:
         (returns("random"), "gives another 'output' when it is called again with the same embeddings"),
         (returns("counting"), "gives another 'output' when it is called again with the same embeddings"),
         ({"module": "surgeries:Untyped"}, "torchscript cannot express it: "),
+        ({"module": "surgeries:Foreign"}, "torchscript: it uses the operator 'fbgemm::FloatToHFP8Quantized', which a server"),
+        ({"module": "surgeries:Ignoring"}, "torchscript: it calls the Python function 'helper', which no server has; "),
+        (
+            {"module": "surgeries:Unused"},
+            "torchscript compiles it, and cannot write or run it: RuntimeError: This Python function is annotated to be ",
+        ),
+        ({"module": "surgeries:Objects"}, "torchscript: keeps a Scale in 'scale'; expected numbers, text, "),
         ({"module": "surgeries:Printing"}, "torchscript: it prints when it is called, and would to a server's stdout"),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
@@ -420,6 +431,45 @@ def test_the_id_is_of_the_parameters_the_arguments_and_the_code(projected: Path)
     ids = {compute_artifact_id(replace(manifest, surgery=other)) for other in [*others, surgery, None]}
     assert len(ids) == 7
     assert compute_artifact_id(manifest) == manifest.artifact_id
+
+
+@pytest.mark.parametrize("other", [{"scale": 2.0}, {"inner": 2.0}, {"constant": 2.0}, {"scale": 0.5 + 2**-53}], ids=str)
+def test_the_code_s_digest_is_of_every_value_that_it_answers_from(other: dict[str, float]) -> None:
+    one, same, another = (
+        digest_code(torch.jit.script(Scaled(**values).eval())) for values in ({}, {"scale": 0.5}, other)
+    )
+    assert one == same
+    assert one != another
+
+
+def test_a_default_of_the_example_is_in_the_digest() -> None:
+    digests = {
+        digest_code(torch.jit.script(NormalizeAndProject(["user"], 8, 2, eps=eps).eval())) for eps in (1e-12, 1e-6)
+    }
+    assert len(digests) == 2
+
+
+def test_the_digest_has_no_place_of_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inner blocks of a graph are printed with files and lines, which another machine has elsewhere."""
+    text = (
+        "import torch\n\n{}class Deep(torch.nn.Module):\n    def forward(self, x: torch.Tensor) -> torch.Tensor:\n"
+        "        for _ in range(3):\n            x = x * 2\n        return x\n"
+    )
+    digests = set()
+    for folder, lines in (("here", ""), ("there", "\n\n")):
+        path = tmp_path / folder / "deep.py"
+        path.parent.mkdir()
+        path.write_text(text.format(lines))
+        spec = importlib.util.spec_from_file_location("deep", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "deep", module)
+        spec.loader.exec_module(module)
+        scripted = torch.jit.script(module.Deep().eval())
+        assert f"{path}:" in scripted.inlined_graph.str(False)
+        digests.add(digest_code(scripted))
+    assert len(digests) == 1
 
 
 def test_a_changed_parameter_is_found_by_name_before_the_graph_runs(projected: Path, tmp_path: Path) -> None:
@@ -539,13 +589,15 @@ def test_every_process_writes_the_same_graph(tmp_path: Path) -> None:
         "import hashlib, pathlib, sys\n"
         "from runtime_py.manifest import Digest, Feature, Table\n"
         "from export.lookup import make_lookup\n"
-        "from export.splice import TensorSplice, _digest_code\n"
+        "import torch\n"
+        "from export.splice import TensorSplice\n"
+        "from export.surgery_code import digest_code\n"
         "from export.torchscript import write_torchscript\n"
         "from support import make_head\n"
         "splice = TensorSplice(make_head().requires_grad_(False), {'a': 39}, ['output'])\n"
         "table = Table('a', 5, 39, 'fp32', 156, 0, Digest('', ''))\n"
         "write_torchscript(make_lookup([table], [Feature('a', 'a', 'sum', False)], splice), pathlib.Path(sys.argv[1]))\n"
-        "print(_digest_code(splice).value)\n"
+        "print(digest_code(torch.jit.script(splice).module).value)\n"
     )
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
     said = set()
