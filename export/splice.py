@@ -103,10 +103,14 @@ class OpenedSurgery:
 
     def __call__(self, pooled: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The module in eager mode: float32 [B, D] by feature to float32 [B, W], the outputs side by side."""
-        with torch.no_grad(), redirect_stdout(sys.stderr):
-            given = self.splice.module({name: tensor.clone() for name, tensor in pooled.items()})
-            outputs = {OUTPUT: given} if isinstance(given, torch.Tensor) else given
-            return torch.cat([outputs[output.key] for output in self.outputs], dim=1)
+        with torch.no_grad(), named(self.config):
+            try:
+                given = self.splice.module({name: tensor.clone() for name, tensor in pooled.items()})
+                outputs = {OUTPUT: given} if isinstance(given, torch.Tensor) else given
+                return torch.cat([outputs[output.key] for output in self.outputs], dim=1)
+            except (Exception, SystemExit) as error:  # somebody else's code
+                bags = len(next(iter(pooled.values())))
+                raise SurgeryError(f"raises {reason(error)} for a batch of {bags}") from error
 
 
 def all_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:

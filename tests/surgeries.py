@@ -1,5 +1,7 @@
 """Surgery modules as users write them, good and bad; the tests name them as `surgeries:<class>`."""
 
+import random
+
 import torch
 from torch import nn
 
@@ -56,6 +58,9 @@ class Returns(nn.Module):
         if self.what == "counting":
             self.count = getattr(self, "count", 0) + 1
             return user + self.count
+        if self.what == "other keys":
+            self.count = getattr(self, "count", 0) + 1
+            return {"ab"[self.count % 2]: user}
         return {
             "list": [user],
             "empty": {},
@@ -102,6 +107,120 @@ class Hiding(nn.Module):
 
     def forward(self, pooled: Pooled) -> torch.Tensor:
         return pooled["user"] * self.mask
+
+
+class CountingUnseen(Counting):
+    """Writes past torch's count of writes."""
+
+    def forward(self, pooled: Pooled) -> torch.Tensor:
+        self.calls.data.add_(1)
+        return pooled["user"]
+
+
+class HidingDeep(nn.Module):
+    """Keeps tensors in containers of an inner module."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.inner = nn.Identity()
+        scale = torch.ones(8)
+        self.inner.masks = {"list": [scale], "tuple": (1, (scale,)), "dict": {"a": [{"b": scale}]}}[kind]
+
+    def forward(self, pooled: Pooled) -> torch.Tensor:
+        return pooled["user"]
+
+
+class Recurrent(nn.Module):
+    """Runs on a list of its parameters, `_flat_weights`."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.cell = {"GRU": nn.GRU, "LSTM": nn.LSTM}[kind](8, 4, batch_first=True)
+
+    def forward(self, pooled: Pooled) -> torch.Tensor:
+        return self.cell(pooled["user"].unsqueeze(1))[0].flatten(1)
+
+
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, pooled: Pooled) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(pooled["user"])))
+
+
+class Deaf(nn.Module):
+    """Loads nothing of a state dict, shows nothing of itself in one, or refuses one."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+        self.how = how
+
+    def _load_from_state_dict(self, *arguments):
+        if self.how == "refuses":
+            raise LookupError("not mine")
+
+    def _save_to_state_dict(self, *arguments):
+        if self.how != "hides":
+            super()._save_to_state_dict(*arguments)
+
+    def forward(self, pooled: Pooled) -> torch.Tensor:
+        return pooled["user"] * self.scale
+
+
+class Lazy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LazyLinear(3)
+
+    def forward(self, pooled: Pooled) -> torch.Tensor:
+        return self.layer(pooled["user"])
+
+
+class MadeInInferenceMode(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.inference_mode():
+            self.register_buffer("scale", torch.ones(8), persistent=False)
+
+    def forward(self, pooled: Pooled) -> torch.Tensor:
+        return pooled["user"] * self.scale
+
+
+class Salted(nn.Module):
+    """Makes something else at every call."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        salt = random.random()
+        self.register_buffer("salt", torch.full((8,), salt if what == "buffer" else 1.0), persistent=False)
+        self.number = salt if what == "number" else 1.0
+
+    def forward(self, pooled: Pooled) -> torch.Tensor:
+        return pooled["user"] * self.salt * self.number
+
+
+class Exits(nn.Module):
+    """Ends the process, with the code of a failed gate."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+        if where == "constructor":
+            raise SystemExit("no licence")
+
+    def forward(self, pooled: Pooled) -> torch.Tensor:
+        raise SystemExit(3)
+
+
+class NotInitialised(nn.Module):
+    def __init__(self) -> None:
+        pass
 
 
 class Infinite(nn.Module):

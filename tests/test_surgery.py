@@ -341,6 +341,31 @@ def returns(what: str) -> dict[str, Any]:
         ),
         ({"module": "surgeries:Counting"}, "changes its own 'calls' when it is called; served parameters are read-only"),
         ({"module": "surgeries:Hiding"}, "'mask' is a tensor, and neither a parameter nor a buffer; use register"),
+        ({"module": "surgeries:CountingUnseen"}, "changes its own 'calls' when it is called; served parameters are "),
+        (
+            {"module": "surgeries:HidingDeep", "kwargs": {"kind": "list"}},
+            "'inner.masks' (Identity) is a list with tensors, which graphs would hold beside the weight file; read ",
+        ),
+        ({"module": "surgeries:HidingDeep", "kwargs": {"kind": "tuple"}}, "'inner.masks' (Identity) is a tuple with tensors"),
+        ({"module": "surgeries:HidingDeep", "kwargs": {"kind": "dict"}}, "'inner.masks' (Identity) is a dict with tensors"),
+        ({"module": "surgeries:Recurrent", "kwargs": {"kind": "GRU"}}, "'cell._flat_weights' (GRU) is a list with tensors"),
+        ({"module": "surgeries:Recurrent", "kwargs": {"kind": "LSTM"}}, "'cell._flat_weights' (LSTM) is a list with tensors"),
+        ({"module": "surgeries:Lazy"}, "'layer.weight' has no shape before the first call; give it one, as torch.nn.Linear"),
+        ({"module": "surgeries:MadeInInferenceMode"}, "'scale' was made in torch.inference_mode(); make it outside of that"),
+        (
+            {"module": "surgeries:Salted", "kwargs": {"what": "buffer"}},
+            "its constructor makes another 'salt' when it is called again; draw from torch's default generator, which is",
+        ),
+        ({"module": "surgeries:Salted", "kwargs": {"what": "number"}}, "its constructor makes another 'number' when it is"),
+        (
+            {"module": "surgeries:Exits", "kwargs": {"where": "constructor"}},
+            """its constructor refuses kwargs {"where": "constructor"}: SystemExit: no licence""",
+        ),
+        (
+            {"module": "surgeries:Exits", "kwargs": {"where": "forward"}},
+            "raises SystemExit: 3 when it is called with the embeddings 'user' [3, 8], ",
+        ),
+        ({"module": "surgeries:NotInitialised"}, "its constructor refuses kwargs {}: AttributeError: "),
         ({"module": "surgeries:Infinite"}, "'big' has values that are not finite"),
         ({"module": "surgeries:Empty"}, "'nothing' of shape [0] is empty"),
         ({"module": "surgeries:Quantized"}, "'codes' is torch.int16 torch.strided on cpu; expected a dense tensor"),
@@ -354,6 +379,7 @@ def returns(what: str) -> dict[str, Any]:
         (returns("vector"), "returns the shape [3] for 'a' of 3 examples, expected [3, columns]"),
         (returns("no columns"), "returns the shape [3, 0] for 'output' of 3 examples, expected [3, columns]"),
         (returns("by batch"), "gives other outputs for a batch of 1 than for one of 3: b [B, 8], and a [B, 8]"),
+        (returns("other keys"), "gives other outputs when it is called again: a [B, 8], and b [B, 8]"),
         (returns("random"), "gives another 'output' when it is called again with the same embeddings"),
         (returns("counting"), "gives another 'output' when it is called again with the same embeddings"),
         ({"module": "surgeries:Untyped"}, "torchscript cannot express it: "),
@@ -372,6 +398,48 @@ def test_a_module_that_cannot_be_served_is_refused_by_name(
     tmp_path: Path, surgery: dict[str, Any], problem: str
 ) -> None:
     assert refusal(tmp_path, surgery).startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("surgery", "state", "problem"),
+    [
+        (
+            {"module": "surgeries:Tied"},
+            {"first.weight": torch.eye(8), "second.weight": 5 * torch.eye(8)},
+            "'first.weight' has other values than the snapshot once its state dict is loaded: it is one tensor with "
+            "'second.weight', of which the snapshot has other values",
+        ),
+        (
+            {"module": "surgeries:Deaf", "kwargs": {"how": "loads nothing"}},
+            {"scale": torch.full((8,), 3.0)},
+            "'scale' has other values than the snapshot once its state dict is loaded: ",
+        ),
+        (
+            {"module": "surgeries:Deaf", "kwargs": {"how": "refuses"}},
+            {"scale": torch.full((8,), 3.0)},
+            "its state dict cannot be loaded: LookupError: not mine",
+        ),
+        (
+            {"module": "surgeries:Deaf", "kwargs": {"how": "hides"}},
+            {"scale": torch.full((8,), 3.0)},
+            "its state dict has no 'scale', which is a parameter; ",
+        ),
+    ],
+    ids=["tied", "loads nothing", "refuses", "hides"],
+)
+def test_a_module_that_does_not_have_what_the_snapshot_gave_it_is_refused(
+    tmp_path: Path, surgery: dict[str, Any], state: dict[str, torch.Tensor], problem: str
+) -> None:
+    assert refusal(tmp_path, surgery, under_cut_point(state)).startswith(problem)
+
+
+def test_tied_parameters_with_the_same_values_are_taken(tmp_path: Path) -> None:
+    state = under_cut_point({"first.weight": torch.eye(8), "second.weight": torch.eye(8)})
+    config = write_release(tmp_path, {"module": "surgeries:Tied"}, state)
+    with joined_ranks() as ranks:
+        plan = plan_release(load_config(config), ranks, 1, 1, Clock(NoProgress()))
+    assert plan.surgery is not None
+    assert list(plan.surgery.tensors) == ["first.weight", "second.weight"]
 
 
 @pytest.mark.parametrize(
