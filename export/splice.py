@@ -18,6 +18,7 @@ from export.config import GraphKind, SurgeryConfig
 from export.errors import SurgeryError
 from export.surgery_code import check_operators, digest_code
 from export.surgery_errors import quiet, reason
+from export.surgery_writes import check_writes
 from export.weight_file import PlannedParameter
 from runtime_py.manifest import Output, StoredParameter, Surgery
 from runtime_py.tensor_file import ALIGNMENT_BYTES
@@ -143,6 +144,7 @@ def express(surgery: OpenedSurgery, graphs: Sequence[GraphKind]) -> None:
     with named(surgery.config):
         scripted = _script(surgery.splice)
         check_operators(scripted)
+        check_writes(scripted)
         _try_scripted(scripted, surgery.splice)
         digest_code(scripted.module)
         if GraphKind.AOT_INDUCTOR in graphs:

@@ -44,6 +44,10 @@ def check_operators(scripted: Any) -> None:
                 "torchscript: it calls a method of an interface or of a custom class, in which operators cannot be seen; "
                 "call modules and functions"
             )
+        if any(node.kindOf(name) == "g" for name in node.attributeNames()):
+            raise SurgeryError(
+                f"torchscript: it runs a part of itself as a task ('{kind}'), which cannot be seen into; call it directly"
+            )
         if not kind.startswith(_OURS):
             raise SurgeryError(
                 f"torchscript: it uses the operator '{kind}', which a server does not have; use torch's own operators"
@@ -92,11 +96,8 @@ def _is_plain(value: Any) -> bool:
 
 
 def _nodes(block: Any) -> Iterator[Any]:
-    """All nodes of a graph, those of inner blocks and graphs included."""
+    """All nodes of a graph, those of inner blocks included; inner graphs are refused."""
     for node in block.nodes():
         yield node
         for inner in node.blocks():
             yield from _nodes(inner)
-        for name in node.attributeNames():
-            if node.kindOf(name) == "g":
-                yield from _nodes(node.g(name))

@@ -287,6 +287,104 @@ class Foreign(nn.Module):
         return pooled["user"]
 
 
+class Forking(nn.Module):
+    def helper(self, user: torch.Tensor) -> torch.Tensor:
+        return user * 2
+
+    def forward(self, pooled: Pooled) -> torch.Tensor:
+        return torch.jit.wait(torch.jit.fork(self.helper, pooled["user"]))
+
+
+class Writing(nn.Module):
+    """Writes to its own only for a batch that no check has: more than a thousand examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("own", torch.zeros(8), persistent=False)
+        self.count = 0
+
+
+class WritesData(Writing):
+    def forward(self, pooled: Pooled) -> torch.Tensor:
+        if len(pooled["user"]) > 1000:
+            self.own.data.add_(1)
+        return pooled["user"] + self.own
+
+
+class WritesView(Writing):
+    def forward(self, pooled: Pooled) -> torch.Tensor:
+        chosen = pooled["user"][:1].flatten()
+        if len(pooled["user"]) > 1000:
+            chosen = self.own
+            chosen.view(2, 4)[0] += 1
+        return pooled["user"] + self.own
+
+
+class WritesFromList(Writing):
+    def forward(self, pooled: Pooled) -> torch.Tensor:
+        parts = [pooled["user"]]
+        for _ in range(len(pooled["user"]) // 1000):
+            parts[-1].mul_(2)  # the second time, its own
+            parts.append(self.own)
+        return pooled["user"] + self.own
+
+
+class WritesResult(Writing):
+    def forward(self, pooled: Pooled) -> torch.Tensor:
+        if len(pooled["user"]) > 1000:
+            torch.add(pooled["user"][0], 1.0, out=self.own)
+        return pooled["user"] + self.own
+
+
+class WritesFromObject(Writing):
+    def forward(self, pooled: Pooled) -> torch.Tensor:
+        held = Held(self.own)
+        if len(pooled["user"]) > 1000:
+            held.tensor.zero_()
+        return pooled["user"] + self.own
+
+
+class Assigning(Writing):
+    def forward(self, pooled: Pooled) -> torch.Tensor:
+        if len(pooled["user"]) > 1000:
+            self.count = len(pooled["user"])
+        return pooled["user"] + self.own
+
+
+@torch.jit.script
+class Held:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+class WritingElsewhere(Writing):
+    """Writes in place to what it has made, to the embeddings, and, in training only, to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+        self.dropout = nn.Dropout(inplace=True)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.ReLU(inplace=True)])
+
+    def forward(self, pooled: Pooled) -> torch.Tensor:
+        user = pooled["user"].mul_(2)
+        parts = [self.own.expand_as(user)]
+        parts.append(user)
+        joined = torch.cat(parts, dim=1)
+        joined.add_(1)
+        made = torch.zeros_like(self.own)
+        made[0] = 1.0
+        made.copy_(self.own)
+        held = Held(torch.relu_(self.own * 1))
+        held.tensor.add_({"own": self.own}["own"])
+        for layer in self.layers:
+            user = layer(user)
+        user = self.norm(self.dropout(user))[None]
+        return (self.attention(user, user, user)[0] + self.layer(user))[0] + made + held.tensor
+
+
 class Ignoring(nn.Module):
     """Leaves a part of itself in Python."""
 

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import surgeries
 import torch
 import torchsnapshot
 from device_support import load_on_cpu
@@ -29,7 +30,6 @@ from support import (
     surgery_state,
     write_config,
 )
-from surgeries import Scaled
 from torch.distributed import checkpoint
 
 from export import build_artifact
@@ -43,8 +43,9 @@ from export.progress import NoProgress
 from export.ranks import joined_ranks
 from export.splice import OpenedSurgery, TensorSplice
 from export.surgery import NormalizeAndProject
-from export.surgery_code import digest_code
+from export.surgery_code import check_operators, digest_code
 from export.surgery_parity import surgery_bound
+from export.surgery_writes import check_writes
 from runtime_py import (
     DigestMismatchError,
     GraphError,
@@ -389,6 +390,8 @@ def returns(what: str) -> dict[str, Any]:
             {"module": "surgeries:Unused"},
             "torchscript compiles it, and cannot write or run it: RuntimeError: This Python function is annotated to be ",
         ),
+        ({"module": "surgeries:Forking"}, "torchscript: it runs a part of itself as a task ('prim::fork'), "),
+        ({"module": "surgeries:Assigning"}, "torchscript: it may assign its own 'count' when it is called; requests share "),
         ({"module": "surgeries:Objects"}, "torchscript: keeps a Scale in 'scale'; expected numbers, text, "),
         ({"module": "surgeries:Printing"}, "torchscript: it prints when it is called, and would to a server's stdout"),
     ],
@@ -459,6 +462,27 @@ def test_a_graph_that_cannot_express_the_module_is_named_and_says_nothing_else(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(
+    "name", ["WritesData", "WritesView", "WritesFromList", "WritesResult", "WritesFromObject"], ids=str
+)
+def test_a_write_to_a_parameter_is_found_where_no_batch_of_the_checks_leads(tmp_path: Path, name: str) -> None:
+    """Served, it would end the process: parameters are mapped read-only."""
+    assert refusal(tmp_path, {"module": f"surgeries:{name}"}).startswith(
+        "torchscript: it may write to its own 'own' when it is called; served parameters are read-only"
+    )
+
+
+def test_writes_to_what_is_not_its_own_are_taken() -> None:
+    module = surgeries.WritingElsewhere().eval().requires_grad_(False)
+    scripted = torch.jit.script(TensorSplice(module, {"user": 8}, ["output"]))
+    check_operators(scripted)
+    check_writes(scripted)
+    assert ".add_(" in scripted.module.norm.code  # of its counter, in training
+    module.train()
+    with pytest.raises(SurgeryError, match=r"it may write to its own 'norm\.num_batches_tracked'"):
+        check_writes(torch.jit.script(TensorSplice(module, {"user": 8}, ["output"])))
+
+
 def test_what_one_graph_cannot_express_another_can(tmp_path: Path) -> None:
     config = write_release(tmp_path, {"module": "surgeries:Branching"}, {})
     loaded = load_artifact(build_artifact(config, tmp_path / "artifact", workers=1).artifact)
@@ -504,7 +528,7 @@ def test_the_id_is_of_the_parameters_the_arguments_and_the_code(projected: Path)
 @pytest.mark.parametrize("other", [{"scale": 2.0}, {"inner": 2.0}, {"constant": 2.0}, {"scale": 0.5 + 2**-53}], ids=str)
 def test_the_code_s_digest_is_of_every_value_that_it_answers_from(other: dict[str, float]) -> None:
     one, same, another = (
-        digest_code(torch.jit.script(Scaled(**values).eval())) for values in ({}, {"scale": 0.5}, other)
+        digest_code(torch.jit.script(surgeries.Scaled(**values).eval())) for values in ({}, {"scale": 0.5}, other)
     )
     assert one == same
     assert one != another
