@@ -10,7 +10,8 @@ build is going to do), `access` (which rows are looked up), `choose` (precisions
 `quantize` and `weight_file` (rows), `rows`, `journal` and `ranks` (the rows phase: resumed, and shared by several
 processes), `parquet_columns` (the only reader of parquet), `entities` and `vocabulary` (entity id to row), `lookup`
 (the plain-op module), `torchscript`, `aot_inductor` and `onnx_graph` (its graphs), `surgery` (modules to apply to what is
-pooled), `surgery_source`, `splice`, `onnx_surgery` and `surgery_errors` (any such module, inside the graphs),
+pooled), `surgery_source`, `splice`, `surgery_code`, `surgery_writes`, `onnx_surgery` and `surgery_errors` (any such module,
+inside the graphs),
 `accuracy`, `row_kernels`, `parity`, `onnx_parity` and `surgery_parity` (the gates), `golden` (answers to replay),
 `table_report` and `report` (what people read, with `report_data`, `findings`, `numerals`, `charts`, `page`, `summary` and
 `evaluation`), `publish`, `versions` (a root of published versions), `progress`, `heap`, `errors`, `triton` (a server's

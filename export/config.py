@@ -528,6 +528,15 @@ class ReleaseConfig(_Section):
     surgery: SurgeryConfig | None = None
     parity: ParityConfig = ParityConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, document: Any) -> Any:
+        for at, text in _texts(document):
+            if not _is_utf8(text):
+                message = f"{text!r} has half a character, which no UTF-8 text has; write the character itself"
+                raise _error_at(message, *(part for part in at if not isinstance(part, str) or _is_utf8(part)))
+        return document
+
     @model_validator(mode="after")
     def _is_a_release(self) -> Self:
         if self.mode is not Mode.INFERENCE:
@@ -590,6 +599,27 @@ class ReleaseConfig(_Section):
         if self.serving_precision(table) is not Precision.AUTO or auto == Budget():
             return [own or DEFAULT_BUDGETS[precision]]
         return [own, auto] if own else [auto]
+
+
+def _texts(node: Any, at: tuple[int | str, ...] = ()) -> Iterator[tuple[tuple[int | str, ...], str]]:
+    """Every text of a document, keys included, with where it is."""
+    if isinstance(node, str):
+        yield at, node
+    elif isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _texts(key, at)
+            yield from _texts(value, (*at, key))
+    elif isinstance(node, list | tuple):
+        for number, value in enumerate(node):
+            yield from _texts(value, (*at, number))
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a half of a surrogate pair
+        return False
+    return True
 
 
 # --- Reading -------------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def _trace(surgery: "OpenedSurgery") -> "onnx.ModelProto":
                 dynamic_axes={_INPUT: {0: "B"}, "pooled": {0: "B"}},
             )
         model: onnx.ModelProto = onnx.load_model_from_string(file.getvalue())
-    except Exception as error:  # torch raises nearly anything here
+    except (Exception, SystemExit) as error:  # torch raises nearly anything here
         raise SurgeryError(f"onnx cannot express it: {reason(error)}") from error
     for warning in warned:
         if issubclass(warning.category, TracerWarning):

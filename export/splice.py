@@ -4,23 +4,22 @@ What the graphs get is a `Splice`: the pooled embeddings of all features in, by 
 side out. Its tensors go into the weight file; the graphs hold placeholders.
 """
 
-import hashlib
+import io
 import json
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.export import Dim
 
 from export.config import GraphKind, SurgeryConfig
 from export.errors import SurgeryError
+from export.surgery_code import check_operators, digest_code
 from export.surgery_errors import quiet, reason
+from export.surgery_writes import check_writes
 from export.weight_file import PlannedParameter
-from runtime_py.digests import SHA256, Digest
 from runtime_py.manifest import Output, StoredParameter, Surgery
 from runtime_py.tensor_file import ALIGNMENT_BYTES
 from runtime_py.weights import TORCH_TYPES
@@ -29,7 +28,6 @@ __all__ = ["OUTPUT", "DictSplice", "OpenedSurgery", "Splice", "TensorSplice", "a
 
 OUTPUT = "output"  # the key of what a module returns as a bare tensor
 _EXAMPLES = 3
-_MANGLED = re.compile(r"\.?___torch_mangle_\d+")
 _FORWARD = "forward(self, pooled: dict[str, torch.Tensor]) -> torch.Tensor, or -> dict[str, torch.Tensor]"
 
 
@@ -93,7 +91,7 @@ class OpenedSurgery:
     def describe(self, stored: list[StoredParameter]) -> Surgery:
         """The surgery as the manifest has it, with its parameters as the weight file has them."""
         kwargs = json.dumps(self.config.kwargs, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return Surgery(self.config.module, kwargs, _digest_code(self.splice), stored)
+        return Surgery(self.config.module, kwargs, digest_code(_script(self.splice).module), stored)
 
     def place_like(self, stored: Sequence[StoredParameter]) -> None:
         """Moves every tensor to an address as aligned as the mapped one: matrix products are added up by alignment."""
@@ -106,10 +104,14 @@ class OpenedSurgery:
 
     def __call__(self, pooled: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The module in eager mode: float32 [B, D] by feature to float32 [B, W], the outputs side by side."""
-        with torch.no_grad(), redirect_stdout(sys.stderr):
-            given = self.splice.module({name: tensor.clone() for name, tensor in pooled.items()})
-            outputs = {OUTPUT: given} if isinstance(given, torch.Tensor) else given
-            return torch.cat([outputs[output.key] for output in self.outputs], dim=1)
+        with torch.no_grad(), named(self.config):
+            try:
+                given = self.splice.module({name: tensor.clone() for name, tensor in pooled.items()})
+                outputs = {OUTPUT: given} if isinstance(given, torch.Tensor) else given
+                return torch.cat([outputs[output.key] for output in self.outputs], dim=1)
+            except (Exception, SystemExit) as error:  # somebody else's code
+                bags = len(next(iter(pooled.values())))
+                raise SurgeryError(f"raises {reason(error)} for a batch of {bags}") from error
 
 
 def all_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -140,9 +142,11 @@ def express(surgery: OpenedSurgery, graphs: Sequence[GraphKind]) -> None:
         SurgeryError: naming the class, the graph, and what its exporter says.
     """
     with named(surgery.config):
-        scripted: Any = _script(surgery.splice)
-        if scripted.inlined_graph.findAllNodes("prim::Print"):
-            raise SurgeryError("torchscript: it prints when it is called, and would to a server's stdout; remove that")
+        scripted = _script(surgery.splice)
+        check_operators(scripted)
+        check_writes(scripted)
+        _try_scripted(scripted, surgery.splice)
+        digest_code(scripted.module)
         if GraphKind.AOT_INDUCTOR in graphs:
             _check_exportable(surgery)
         if GraphKind.ONNX in graphs:
@@ -156,20 +160,39 @@ def _script(splice: Splice) -> torch.jit.ScriptModule:
         with quiet():
             scripted: torch.jit.ScriptModule = torch.jit.script(splice)
             return scripted
-    except Exception as error:  # torch raises nearly anything here
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else " ".join(lines[:1])
-        raise SurgeryError(f"torchscript cannot express it: {said}; expected {_FORWARD}") from error
+    except (Exception, SystemExit) as error:  # torch raises nearly anything here
+        raise SurgeryError(f"torchscript cannot express it: {_said(error)}; expected {_FORWARD}") from error
+
+
+def _said(error: BaseException) -> str:
+    """What TorchScript complains of; its heading alone says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines and lines[0].endswith(":") else " ".join(lines[:1])
+
+
+def _try_scripted(scripted: torch.jit.ScriptModule, splice: Splice) -> None:
+    """Writes it, and calls it once: TorchScript also compiles what it can do neither with."""
+    try:
+        with quiet(), torch.no_grad():
+            torch.jit.save(scripted, io.BytesIO())
+            scripted(_example(splice))
+    except (Exception, SystemExit) as error:  # torch raises nearly anything here
+        said = str(error).strip().splitlines()[-1:] or [type(error).__name__]  # what was raised is below its trace
+        raise SurgeryError(f"torchscript compiles it, and cannot write or run it: {said[0]}") from error
+
+
+def _example(splice: Splice) -> torch.Tensor:
+    return torch.zeros(_EXAMPLES, sum(splice.feature_dims))
 
 
 def _check_exportable(surgery: OpenedSurgery) -> None:
     splice = surgery.splice
-    example = torch.zeros(_EXAMPLES, sum(splice.feature_dims))
+    example = _example(splice)
     shapes = {"pooled": {0: Dim("bags", min=1, max=2**20)}}
     try:
         with quiet():
             exported = torch.export.export(splice, (example,), dynamic_shapes=shapes)
-    except Exception as error:  # torch raises nearly anything here
+    except (Exception, SystemExit) as error:  # torch raises nearly anything here
         raise SurgeryError(f"aot_inductor: torch.export cannot express it: {reason(error)}") from error
     made = sorted(exported.constants.keys() - {f"module.{name}" for name in surgery.tensors})
     if made:
@@ -177,10 +200,3 @@ def _check_exportable(surgery: OpenedSurgery) -> None:
             f"aot_inductor: it makes the constant tensors {', '.join(made)} when it is called; "
             "make them in the constructor, with register_buffer(..., persistent=False)"
         )
-
-
-def _digest_code(splice: Splice) -> Digest:
-    """Of what TorchScript made of the module's source, without the numbers that it gives types within a process."""
-    graph: Any = _script(splice).module.inlined_graph
-    text = _MANGLED.sub("", graph.str(False))
-    return Digest(SHA256, hashlib.sha256(text.encode()).hexdigest())

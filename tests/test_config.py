@@ -409,6 +409,54 @@ def test_an_unknown_key_is_refused_with_its_line_and_the_nearest_known_one(
     assert f"release.yaml:{line}: {key}: unknown key; did you mean '{nearest}'?" in lines
 
 
+@pytest.mark.parametrize(
+    ("text", "line", "key", "shown"),
+    [
+        (replaced("uri: snapshots/demo", r'uri: "a\ud800"'), 8, "snapshot.uri", r"'a\ud800'"),
+        (replaced("name: user", r'name: "\udfff"'), 3, f"{TABLE}.name", r"'\udfff'"),
+        (
+            release_with(
+                textwrap.dedent(r"""
+                surgery:
+                  module: a:B
+                  kwargs: {a: 1,
+                    b: [{c: "\ud800x"}]}""").strip()
+            ),
+            12,
+            "surgery.kwargs.b[0].c",
+            r"'\ud800x'",
+        ),
+        (
+            release_with(
+                textwrap.dedent(r"""
+                surgery:
+                  module: a:B
+                  kwargs: {"\ud800": 1}""").strip()
+            ),
+            11,
+            "surgery.kwargs",
+            r"'\ud800'",
+        ),
+    ],
+    ids=["uri", "name", "inside", "key"],
+)
+def test_a_text_that_utf_8_cannot_hold_is_refused_wherever_it_is(
+    tmp_path: Path, text: str, line: int, key: str, shown: str
+) -> None:
+    said = refusal(tmp_path, text)
+    said.encode()
+    assert said.endswith(
+        f"release.yaml:{line}: {key}: {shown} has half a character, which no UTF-8 text has; write the character itself"
+    ), said
+
+
+def test_a_text_of_any_character_loads(tmp_path: Path) -> None:
+    text = release_with('surgery: {module: "a:B", kwargs: {"\U0001f600 é": ["\U0001f600"]}}')
+    surgery = load(tmp_path, text).surgery
+    assert surgery is not None
+    assert surgery.kwargs == {"\U0001f600 é": ["\U0001f600"]}
+
+
 def test_a_key_that_is_no_text_is_unknown_in_its_line(tmp_path: Path) -> None:
     assert_matches(
         r"^release\.yaml:9: 7: unknown key; known keys: large_embeddings", refusal(tmp_path, release_with("7: 1"))

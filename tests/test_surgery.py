@@ -1,5 +1,6 @@
 """A module of the release inside every graph: right, mapped, in the manifest, and refused by name where it cannot be."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import surgeries
 import torch
 import torchsnapshot
 from device_support import load_on_cpu
@@ -40,7 +42,10 @@ from export.plan import Clock, plan_release, preview_release
 from export.progress import NoProgress
 from export.ranks import joined_ranks
 from export.splice import OpenedSurgery, TensorSplice
+from export.surgery import NormalizeAndProject
+from export.surgery_code import check_operators, digest_code
 from export.surgery_parity import surgery_bound
+from export.surgery_writes import check_writes
 from runtime_py import (
     DigestMismatchError,
     GraphError,
@@ -337,6 +342,31 @@ def returns(what: str) -> dict[str, Any]:
         ),
         ({"module": "surgeries:Counting"}, "changes its own 'calls' when it is called; served parameters are read-only"),
         ({"module": "surgeries:Hiding"}, "'mask' is a tensor, and neither a parameter nor a buffer; use register"),
+        ({"module": "surgeries:CountingUnseen"}, "changes its own 'calls' when it is called; served parameters are "),
+        (
+            {"module": "surgeries:HidingDeep", "kwargs": {"kind": "list"}},
+            "'inner.masks' (Identity) is a list with tensors, which graphs would hold beside the weight file; read ",
+        ),
+        ({"module": "surgeries:HidingDeep", "kwargs": {"kind": "tuple"}}, "'inner.masks' (Identity) is a tuple with tensors"),
+        ({"module": "surgeries:HidingDeep", "kwargs": {"kind": "dict"}}, "'inner.masks' (Identity) is a dict with tensors"),
+        ({"module": "surgeries:Recurrent", "kwargs": {"kind": "GRU"}}, "'cell._flat_weights' (GRU) is a list with tensors"),
+        ({"module": "surgeries:Recurrent", "kwargs": {"kind": "LSTM"}}, "'cell._flat_weights' (LSTM) is a list with tensors"),
+        ({"module": "surgeries:Lazy"}, "'layer.weight' has no shape before the first call; give it one, as torch.nn.Linear"),
+        ({"module": "surgeries:MadeInInferenceMode"}, "'scale' was made in torch.inference_mode(); make it outside of that"),
+        (
+            {"module": "surgeries:Salted", "kwargs": {"what": "buffer"}},
+            "its constructor makes another 'salt' when it is called again; draw from torch's default generator, which is",
+        ),
+        ({"module": "surgeries:Salted", "kwargs": {"what": "number"}}, "its constructor makes another 'number' when it is"),
+        (
+            {"module": "surgeries:Exits", "kwargs": {"where": "constructor"}},
+            """its constructor refuses kwargs {"where": "constructor"}: SystemExit: no licence""",
+        ),
+        (
+            {"module": "surgeries:Exits", "kwargs": {"where": "forward"}},
+            "raises SystemExit: 3 when it is called with the embeddings 'user' [3, 8], ",
+        ),
+        ({"module": "surgeries:NotInitialised"}, "its constructor refuses kwargs {}: AttributeError: "),
         ({"module": "surgeries:Infinite"}, "'big' has values that are not finite"),
         ({"module": "surgeries:Empty"}, "'nothing' of shape [0] is empty"),
         ({"module": "surgeries:Quantized"}, "'codes' is torch.int16 torch.strided on cpu; expected a dense tensor"),
@@ -350,9 +380,19 @@ def returns(what: str) -> dict[str, Any]:
         (returns("vector"), "returns the shape [3] for 'a' of 3 examples, expected [3, columns]"),
         (returns("no columns"), "returns the shape [3, 0] for 'output' of 3 examples, expected [3, columns]"),
         (returns("by batch"), "gives other outputs for a batch of 1 than for one of 3: b [B, 8], and a [B, 8]"),
+        (returns("other keys"), "gives other outputs when it is called again: a [B, 8], and b [B, 8]"),
         (returns("random"), "gives another 'output' when it is called again with the same embeddings"),
         (returns("counting"), "gives another 'output' when it is called again with the same embeddings"),
         ({"module": "surgeries:Untyped"}, "torchscript cannot express it: "),
+        ({"module": "surgeries:Foreign"}, "torchscript: it uses the operator 'fbgemm::FloatToHFP8Quantized', which a server"),
+        ({"module": "surgeries:Ignoring"}, "torchscript: it calls the Python function 'helper', which no server has; "),
+        (
+            {"module": "surgeries:Unused"},
+            "torchscript compiles it, and cannot write or run it: RuntimeError: This Python function is annotated to be ",
+        ),
+        ({"module": "surgeries:Forking"}, "torchscript: it runs a part of itself as a task ('prim::fork'), "),
+        ({"module": "surgeries:Assigning"}, "torchscript: it may assign its own 'count' when it is called; requests share "),
+        ({"module": "surgeries:Objects"}, "torchscript: keeps a Scale in 'scale'; expected numbers, text, "),
         ({"module": "surgeries:Printing"}, "torchscript: it prints when it is called, and would to a server's stdout"),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
@@ -361,6 +401,48 @@ def test_a_module_that_cannot_be_served_is_refused_by_name(
     tmp_path: Path, surgery: dict[str, Any], problem: str
 ) -> None:
     assert refusal(tmp_path, surgery).startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("surgery", "state", "problem"),
+    [
+        (
+            {"module": "surgeries:Tied"},
+            {"first.weight": torch.eye(8), "second.weight": 5 * torch.eye(8)},
+            "'first.weight' has other values than the snapshot once its state dict is loaded: it is one tensor with "
+            "'second.weight', of which the snapshot has other values",
+        ),
+        (
+            {"module": "surgeries:Deaf", "kwargs": {"how": "loads nothing"}},
+            {"scale": torch.full((8,), 3.0)},
+            "'scale' has other values than the snapshot once its state dict is loaded: ",
+        ),
+        (
+            {"module": "surgeries:Deaf", "kwargs": {"how": "refuses"}},
+            {"scale": torch.full((8,), 3.0)},
+            "its state dict cannot be loaded: LookupError: not mine",
+        ),
+        (
+            {"module": "surgeries:Deaf", "kwargs": {"how": "hides"}},
+            {"scale": torch.full((8,), 3.0)},
+            "its state dict has no 'scale', which is a parameter; ",
+        ),
+    ],
+    ids=["tied", "loads nothing", "refuses", "hides"],
+)
+def test_a_module_that_does_not_have_what_the_snapshot_gave_it_is_refused(
+    tmp_path: Path, surgery: dict[str, Any], state: dict[str, torch.Tensor], problem: str
+) -> None:
+    assert refusal(tmp_path, surgery, under_cut_point(state)).startswith(problem)
+
+
+def test_tied_parameters_with_the_same_values_are_taken(tmp_path: Path) -> None:
+    state = under_cut_point({"first.weight": torch.eye(8), "second.weight": torch.eye(8)})
+    config = write_release(tmp_path, {"module": "surgeries:Tied"}, state)
+    with joined_ranks() as ranks:
+        plan = plan_release(load_config(config), ranks, 1, 1, Clock(NoProgress()))
+    assert plan.surgery is not None
+    assert list(plan.surgery.tensors) == ["first.weight", "second.weight"]
 
 
 @pytest.mark.parametrize(
@@ -378,6 +460,27 @@ def test_a_graph_that_cannot_express_the_module_is_named_and_says_nothing_else(
 ) -> None:
     assert refusal(tmp_path, {"module": f"surgeries:{name}"}, {}, graph).startswith(problem)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "name", ["WritesData", "WritesView", "WritesFromList", "WritesResult", "WritesFromObject"], ids=str
+)
+def test_a_write_to_a_parameter_is_found_where_no_batch_of_the_checks_leads(tmp_path: Path, name: str) -> None:
+    """Served, it would end the process: parameters are mapped read-only."""
+    assert refusal(tmp_path, {"module": f"surgeries:{name}"}).startswith(
+        "torchscript: it may write to its own 'own' when it is called; served parameters are read-only"
+    )
+
+
+def test_writes_to_what_is_not_its_own_are_taken() -> None:
+    module = surgeries.WritingElsewhere().eval().requires_grad_(False)
+    scripted = torch.jit.script(TensorSplice(module, {"user": 8}, ["output"]))
+    check_operators(scripted)
+    check_writes(scripted)
+    assert ".add_(" in scripted.module.norm.code  # of its counter, in training
+    module.train()
+    with pytest.raises(SurgeryError, match=r"it may write to its own 'norm\.num_batches_tracked'"):
+        check_writes(torch.jit.script(TensorSplice(module, {"user": 8}, ["output"])))
 
 
 def test_what_one_graph_cannot_express_another_can(tmp_path: Path) -> None:
@@ -420,6 +523,45 @@ def test_the_id_is_of_the_parameters_the_arguments_and_the_code(projected: Path)
     ids = {compute_artifact_id(replace(manifest, surgery=other)) for other in [*others, surgery, None]}
     assert len(ids) == 7
     assert compute_artifact_id(manifest) == manifest.artifact_id
+
+
+@pytest.mark.parametrize("other", [{"scale": 2.0}, {"inner": 2.0}, {"constant": 2.0}, {"scale": 0.5 + 2**-53}], ids=str)
+def test_the_code_s_digest_is_of_every_value_that_it_answers_from(other: dict[str, float]) -> None:
+    one, same, another = (
+        digest_code(torch.jit.script(surgeries.Scaled(**values).eval())) for values in ({}, {"scale": 0.5}, other)
+    )
+    assert one == same
+    assert one != another
+
+
+def test_a_default_of_the_example_is_in_the_digest() -> None:
+    digests = {
+        digest_code(torch.jit.script(NormalizeAndProject(["user"], 8, 2, eps=eps).eval())) for eps in (1e-12, 1e-6)
+    }
+    assert len(digests) == 2
+
+
+def test_the_digest_has_no_place_of_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inner blocks of a graph are printed with files and lines, which another machine has elsewhere."""
+    text = (
+        "import torch\n\n{}class Deep(torch.nn.Module):\n    def forward(self, x: torch.Tensor) -> torch.Tensor:\n"
+        "        for _ in range(3):\n            x = x * 2\n        return x\n"
+    )
+    digests = set()
+    for folder, lines in (("here", ""), ("there", "\n\n")):
+        path = tmp_path / folder / "deep.py"
+        path.parent.mkdir()
+        path.write_text(text.format(lines))
+        spec = importlib.util.spec_from_file_location("deep", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "deep", module)
+        spec.loader.exec_module(module)
+        scripted = torch.jit.script(module.Deep().eval())
+        assert f"{path}:" in scripted.inlined_graph.str(False)
+        digests.add(digest_code(scripted))
+    assert len(digests) == 1
 
 
 def test_a_changed_parameter_is_found_by_name_before_the_graph_runs(projected: Path, tmp_path: Path) -> None:
@@ -539,13 +681,15 @@ def test_every_process_writes_the_same_graph(tmp_path: Path) -> None:
         "import hashlib, pathlib, sys\n"
         "from runtime_py.manifest import Digest, Feature, Table\n"
         "from export.lookup import make_lookup\n"
-        "from export.splice import TensorSplice, _digest_code\n"
+        "import torch\n"
+        "from export.splice import TensorSplice\n"
+        "from export.surgery_code import digest_code\n"
         "from export.torchscript import write_torchscript\n"
         "from support import make_head\n"
         "splice = TensorSplice(make_head().requires_grad_(False), {'a': 39}, ['output'])\n"
         "table = Table('a', 5, 39, 'fp32', 156, 0, Digest('', ''))\n"
         "write_torchscript(make_lookup([table], [Feature('a', 'a', 'sum', False)], splice), pathlib.Path(sys.argv[1]))\n"
-        "print(_digest_code(splice).value)\n"
+        "print(digest_code(torch.jit.script(splice).module).value)\n"
     )
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
     said = set()
