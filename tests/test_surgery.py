@@ -89,6 +89,14 @@ def refusal(folder: Path, surgery: dict[str, Any], state: dict[str, torch.Tensor
     return message.removeprefix(f"surgery '{surgery['module']}': ")
 
 
+def planned(config: Path) -> dict[str, torch.Tensor]:
+    """The parameters that a build would take from the snapshot, by name."""
+    with joined_ranks() as ranks:
+        surgery = plan_release(load_config(config), ranks, 1, 1, Clock(NoProgress())).surgery
+    assert surgery is not None
+    return dict(surgery.tensors)
+
+
 def opened(module: torch.nn.Module, features: dict[str, int], columns: int) -> OpenedSurgery:
     """A module as a build has it, without a snapshot."""
     outputs = [Output("output", columns)]
@@ -269,11 +277,6 @@ def test_beside_the_collection_of_a_prefix_is_the_cut_point(tmp_path: Path) -> N
     """Two models in one snapshot: `snapshot.prefix` chooses the tables and, with them, the parameters."""
     state = under_cut_point(projection()) | under_cut_point(projection(seed=4), "other.embeddings")
     state |= {name.replace("model.", "other."): rows for name, rows in state_dict(make_rows(TABLES, seed=1)).items()}
-    message = refusal(
-        tmp_path / "none", PROJECT, under_cut_point(projection()) | under_cut_point(projection(), "other")
-    )
-    assert "has 2 candidates for 'project.weight': " in message
-    assert message.endswith("say which with surgery.prefix")
     config = write_release(tmp_path, PROJECT, state)
     document = json.loads(config.read_text())
     document["snapshot"]["prefix"] = "other.embeddings.ebc"
@@ -283,10 +286,50 @@ def test_beside_the_collection_of_a_prefix_is_the_cut_point(tmp_path: Path) -> N
     assert torch.equal(stored["surgery.project.weight"], projection(seed=4)["project.weight"])
 
 
+def test_a_cut_point_of_another_model_gives_no_parameters(tmp_path: Path) -> None:
+    """One parameter stands in each of two other towers, and both must come from beside the tables."""
+    parts = under_cut_point(projection())
+    foreign = {
+        name.replace("model.embeddings", tower): tensor
+        for (name, tensor), tower in zip(parts.items(), ("tower_x", "tower_y"), strict=True)
+    }
+    message = refusal(tmp_path / "foreign", PROJECT, foreign)
+    assert "has no tensor 'model.embeddings.surgery_cut_point.project.weight' for 'project.weight'; beside" in message
+    assert "tower_x.surgery_cut_point.project.weight" in message
+    assert message.endswith("or say with surgery.prefix where its parameters are")
+    found = planned(write_release(tmp_path / "beside", PROJECT, foreign | parts))
+    assert torch.equal(found["project.weight"], projection()["project.weight"])
+
+
+def test_tables_of_two_models_leave_no_doubt_where_the_parameters_are(tmp_path: Path) -> None:
+    """Where both have a cut point, or no table is read from the snapshot, the configuration has to say which."""
+    rows = state_dict(make_rows(TABLES))
+    moved = {name.replace("model.", "other." if ".tag." in name else "model."): tensor for name, tensor in rows.items()}
+    config = write_release(tmp_path / "one", PROJECT, under_cut_point(projection(seed=4), "other.embeddings"))
+    torch.save(moved | under_cut_point(projection(seed=4), "other.embeddings"), tmp_path / "one/s.pt")
+    assert torch.equal(planned(config)["project.weight"], projection(seed=4)["project.weight"])
+    both = under_cut_point(projection()) | under_cut_point(projection(seed=4), "other.embeddings")
+    torch.save(moved | both, tmp_path / "one/s.pt")
+    with pytest.raises(SurgeryError, match=r"'project.weight' is looked for beside the tables, and 'surgery_cut_point' "
+                       r"is there 2 times: model\.embeddings\.surgery_cut_point, other\.emb.*; say with surgery\.prefix"):  # fmt: skip
+        planned(config)
+    document = json.loads(config.read_text())
+    torch.save(rows, tmp_path / "one/tables.pt")
+    for table in document["large_embeddings"]["tables"]:
+        pretrained = {"embedding_snapshot_uri": str(tmp_path / "one/tables.pt"), "emb_name": table["name"]}
+        table["pretrained"] = pretrained
+    config.write_text(json.dumps(document))
+    with pytest.raises(SurgeryError, match=r"is nowhere: no table is read from it; say with surgery\.prefix"):
+        planned(config)
+
+
 @pytest.mark.parametrize(
     ("state", "problem"),
     [
-        ({}, "has no tensor '…surgery_cut_point.project.weight' for 'project.weight'; beside tables it has: nothing"),
+        (
+            {},
+            "has no tensor 'model.embeddings.surgery_cut_point.project.weight' for 'project.weight'; beside tables it has: nothing",
+        ),
         (
             under_cut_point({"projection.weight": torch.zeros(6, 11)}),
             "beside tables it has: model.embeddings.surgery_cut_point.projection.weight",
