@@ -30,9 +30,10 @@ from runtime_py import (
     load_artifact,
     reloading,
 )
+from runtime_py.compatibility import find_differences
 from runtime_py.digests import sha256
 from runtime_py.golden import GOLDEN
-from runtime_py.manifest import read_manifest
+from runtime_py.manifest import Output, read_manifest
 from runtime_py.pointer import Pointer, read_pointer
 
 REQUEST = {feature: [[0], []] for feature in FEATURES}
@@ -349,6 +350,19 @@ def test_a_version_that_callers_were_not_written_for_is_refused_by_name(change, 
     tables, message = CHANGES[change]
     publish_version(build(change.replace(" ", "-"), tables), root)
     refused(serving, IncompatibleError, f"{message}.*; callers count on what is served: publish to another root, or ")
+
+
+def test_outputs_that_are_served_keep_their_columns_and_others_may_follow(build):
+    """Surgeries name their outputs freely; a caller of the raw signature knows a column by its place."""
+    served = read_manifest(build("outputs", TABLES))
+    first, *others = served.outputs
+    more = Output("more", 3)
+    assert find_differences(served, dataclasses.replace(served, outputs=[first, *others, more])) == []
+    names = ", ".join(output.key for output in others)
+    for moved in ([*others, first], [more, first, *others]):
+        keys = ", ".join(output.key for output in moved)
+        problems = find_differences(served, dataclasses.replace(served, outputs=moved))
+        assert problems == [f"outputs are {keys}; {first.key}, {names} as served"]
 
 
 def test_a_signature_may_change_where_that_is_allowed(root, build):

@@ -282,6 +282,35 @@ def test_a_model_of_that_name_with_another_interface_is_refused(plain, weighted,
         path.write_text(text)
 
 
+def test_features_in_another_order_are_no_version_of_a_model_whose_clients_know_only_places(tmp_path, models):
+    """The same inputs, and an output as wide: nothing in config.pbtxt tells them apart."""
+    same = [{"name": name, "num_embeddings": 9, "embedding_dim": 8, "data_type": "fp32"} for name in ("a", "b")]
+    torch.save(state_dict(make_rows(same)), tmp_path / "s.pt")
+    other = {
+        "swapped": (same[::-1], r"features are b, a; a, b as served"),
+        "pooled otherwise": ([same[0] | {"pooling": "mean"}, same[1]], "feature 'a' pools by mean, by sum as served"),
+    }
+    for name, tables in (("served", same), *((name, tables) for name, (tables, _) in other.items())):
+        build_artifact(write_config(tmp_path / "r.yaml", tmp_path / "s.pt", tables), tmp_path / name, workers=1)
+    write_repository(tmp_path / "served", models)
+    (models / SCRIPT / "7").mkdir()
+    for name, (_, problem) in other.items():
+        refuse(tmp_path / name, models, rf"{SCRIPT}/1/artifact: clients of this version would be failed by the artifact: "
+               rf"{problem}; choose another --name")  # fmt: skip
+    [model] = write_repository(tmp_path / "served", models)
+    assert model.version == 8
+    (model.path / "artifact/manifest.json").unlink()
+    (model.path / "artifact/manifest.json").write_text("{}")
+    refuse(
+        tmp_path / "served", models, rf"{SCRIPT}/8/artifact/manifest.json: .*; choose another --name, or mend the model"
+    )
+    for version in ("1", "8"):
+        shutil.rmtree(models / SCRIPT / version)
+    refuse(
+        tmp_path / "served", models, rf"{SCRIPT}: no version of it holds an artifact to compare this one with; choose"
+    )
+
+
 def test_a_model_that_cannot_be_read_is_refused(plain, models):
     (models / ONNX).mkdir(parents=True)
     refuse(plain, models, rf"{ONNX}/config.pbtxt: cannot be read: No such file or directory; choose another --name")
