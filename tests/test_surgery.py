@@ -381,6 +381,11 @@ def returns(what: str) -> dict[str, Any]:
             {"module": "surgeries:Refusing", "kwargs": {"width": 3}},
             """its constructor refuses kwargs {"width": 3}: OSError: no file for 3""",
         ),
+        (
+            PROJECT | {"kwargs": PROJECT["kwargs"] | {"keep": ["tag", "projected"]}},
+            """its constructor refuses kwargs {"keys": ["user", "last_item"], "in_features": 11, "out_features": 6, """
+            """"keep": ["tag", "projected"]}: ValueError: keep names 'projected', which is the output of the""",
+        ),
         ({"module": "surgeries:Counting"}, "changes its own 'calls' when it is called; served parameters are read-only"),
         ({"module": "surgeries:Hiding"}, "'mask' is a tensor, and neither a parameter nor a buffer; use register"),
         ({"module": "surgeries:Infinite"}, "'big' has values that are not finite"),
