@@ -44,6 +44,14 @@ class Passing(nn.Module):
         return {"sum": pooled["item"] + pooled["last_item"], "age": pooled["age"]}
 
 
+class Unguarded(nn.Module):
+    """Of an empty bag, the logarithm of zero and a quotient of zeros."""
+
+    def forward(self, pooled: Pooled) -> Pooled:
+        user = pooled["user"]
+        return {"log": torch.log(user.abs()), "unit": user / user.pow(2).sum(1, keepdim=True).sqrt()}
+
+
 class Returns(nn.Module):
     """Returns what no graph can."""
 

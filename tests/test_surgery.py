@@ -40,7 +40,7 @@ from export.plan import Clock, plan_release, preview_release
 from export.progress import NoProgress
 from export.ranks import joined_ranks
 from export.splice import OpenedSurgery, TensorSplice
-from export.surgery_parity import surgery_bound
+from export.surgery_parity import check_answer, surgery_bound
 from runtime_py import (
     DigestMismatchError,
     GraphError,
@@ -666,6 +666,57 @@ def test_the_bound_holds_for_sums_in_any_order_and_is_a_few_hundred_units_at_mos
     worst = max(np.abs(order - exact).max() for order in orders)
     assert all((np.abs(order - other) <= bound).all() for order in orders for other in orders)
     assert bound.max() < 500 * worst
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_an_answer_that_is_not_finite_is_right_where_the_module_gives_it(tmp_path: Path) -> None:
+    config = write_release(tmp_path, {"module": "surgeries:Unguarded"}, {}, serving={"graphs": ["torchscript", "onnx"]})
+    artifact = build_artifact(config, tmp_path / "artifact", workers=1).artifact
+    answer = load_artifact(artifact)({feature: [[]] for feature in ("user", "item", "last_item", "tag", "age")})
+    assert answer["log"].tolist() == [[-np.inf] * 8]
+    assert answer["unit"].isnan().all()
+    cases = read_cases(artifact, read_manifest(artifact))
+    assert any(case.pooled.isnan().any() for case in cases.values())
+    assert any(case.pooled.isinf().any() for case in cases.values())
+    assert replay_cases(artifact, read_manifest(artifact)) == 7
+    for case in cases.values():
+        assert case.tolerance is not None
+        assert case.tolerance.isfinite().all()
+        other = case.pooled.clone()
+        other.view(torch.int32)[case.pooled.isnan()] ^= 1 << 31 | 5
+        assert not case.differs(other).any()
+        other[case.pooled.isnan()] = 0.0
+        assert torch.equal(case.differs(other), case.pooled.isnan())
+        assert torch.equal(case.differs(-case.pooled) & case.pooled.isinf(), case.pooled.isinf())
+
+
+def test_a_value_that_is_not_finite_is_no_answer_for_another() -> None:
+    inf, nan, bound = np.inf, np.nan, np.array([[0.5] * 3])
+    wanted = torch.tensor([[-inf, nan, 1.0]])
+    figures = check_answer("case", [Output("o", 3)], torch.tensor([[-inf, -nan, 1.25]]), wanted, bound)
+    assert figures == {"surgery_bit_equal": False, "surgery_max_difference": 0.25, "surgery_max_share_of_bound": 0.5}
+    for column, value in ((0, inf), (0, nan), (0, -3e38), (1, 0.0), (1, inf), (2, nan), (2, inf)):
+        got = wanted.clone()
+        got[0, column] = value
+        with pytest.raises(GateError, match=rf"output 'o', bag 0, column {column}: .*, the bound is 0.5"):
+            check_answer("case", [Output("o", 3)], got, wanted, bound)
+
+
+def test_where_roundings_alone_leave_the_numbers_only_the_same_value_is_right() -> None:
+    surgery = opened(Root(), {"a": 2}, 2)
+    pooled = {"a": torch.tensor([[1.0, 2.0]])}
+    bound = surgery_bound(surgery, pooled)
+    assert np.isnan(bound[0, 0])
+    assert bound[0, 1] < 1e-4
+    answer = surgery(pooled)
+    check_answer("case", surgery.outputs, answer, answer, bound)
+    with pytest.raises(GateError, match="there is no bound, as roundings alone make the value infinite or no number"):
+        check_answer("case", surgery.outputs, answer + torch.tensor([1e-6, 0.0]), answer, bound)
+
+
+class Root(torch.nn.Module):
+    def forward(self, pooled: dict[str, torch.Tensor]) -> torch.Tensor:
+        return (pooled["a"] - 1.0).sqrt()
 
 
 def test_noise_of_the_embeddings_counts_in_the_bound() -> None:
