@@ -28,6 +28,7 @@ from support import (
     surgery_state,
     write_config,
 )
+from surgeries import Narrow
 from torch.distributed import checkpoint
 
 from export import build_artifact
@@ -666,6 +667,44 @@ def test_the_bound_holds_for_sums_in_any_order_and_is_a_few_hundred_units_at_mos
     worst = max(np.abs(order - exact).max() for order in orders)
     assert all((np.abs(order - other) <= bound).all() for order in orders for other in orders)
     assert bound.max() < 500 * worst
+
+
+@pytest.mark.parametrize(("name", "share"), [("float16", 0.02), ("bfloat16", 0.15)])
+def test_a_module_that_computes_in_16_bits_may_be_fused_and_so_rounded_nowhere(name: str, share: float) -> None:
+    generator = torch.Generator().manual_seed(2)
+    pooled = {
+        "user": torch.randn(16, 8, generator=generator) * 2.0 ** torch.randint(-30, 3, (16, 1), generator=generator)
+    }
+    pooled["user"][3] = 0.0
+    kept, fused = (opened(Narrow(name, keep), {"user": 8}, 8) for keep in (True, False))
+    bound = surgery_bound(kept, pooled)
+    figures = check_answer("case", kept.outputs, fused(pooled), kept(pooled), bound)
+    assert not figures["surgery_bit_equal"]
+    terms = opened(Narrow("float32"), {"user": 8}, 8)({"user": pooled["user"].abs()})  # of sums without cancellation
+    assert (bound < share * terms.max().item()).all()  # and so a wrong column is beyond it
+    with pytest.raises(GateError, match="the bound is"):
+        check_answer("case", kept.outputs, kept(pooled).flip(1), kept(pooled), bound)
+
+
+def test_a_narrow_parameter_that_is_widened_costs_nothing_of_the_bound() -> None:
+    class Widened(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.linspace(1, 2, 8).half())
+
+        def forward(self, pooled: dict[str, torch.Tensor]) -> torch.Tensor:
+            return pooled["user"] * self.weight.float()
+
+    bound = surgery_bound(opened(Widened(), {"user": 8}, 8), {"user": torch.ones(2, 8)})
+    assert 0 < bound.max() < 300 * 2.0**-24
+
+
+def test_a_module_in_float16_is_built_for_onnx(tmp_path: Path) -> None:
+    serving = {"graphs": ["torchscript", "onnx"]}
+    config = write_release(tmp_path, {"module": "surgeries:Scaled"}, {}, serving=serving)
+    assert (
+        "surgeries:Scaled as in eager mode" in build_artifact(config, tmp_path / "a", workers=1).manifest.parity.serving
+    )
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")

@@ -25,6 +25,7 @@ from export.errors import ExportError, PublishError
 from export.triton import write_repository
 from runtime_py import DigestMismatchError, verify_artifact
 from runtime_py.golden import read_cases
+from runtime_py.inputs import Request
 from runtime_py.manifest import WEIGHTS
 
 TABLES = [
@@ -172,7 +173,7 @@ class FakeServer:
             self.output_tensors, self.error = output_tensors, error
 
     class TritonError:
-        INVALID_ARG = "INVALID_ARG"
+        INVALID_ARG, INTERNAL = "INVALID_ARG", "INTERNAL"
 
         def __init__(self, message, code=None):
             self.message, self.code = message, code
@@ -236,6 +237,23 @@ def test_a_bad_request_is_refused_by_name_and_spoils_no_other(plain, models, mon
     assert "is outside [0, 49]" in bad.error.message
     assert good.error is None
     assert torch.equal(torch.from_numpy(good.output_tensors[0].array), cases["04 duplicate ids"].pooled)
+
+
+def test_a_surgery_that_raises_fails_the_one_request_alone(tmp_path, models, monkeypatch):
+    tables = [{"name": "user", "num_embeddings": 9, "embedding_dim": 8, "data_type": "fp32"}]
+    torch.save(state_dict(make_rows(tables)), tmp_path / "s.pt")
+    config = write_config(tmp_path / "r.yaml", tmp_path / "s.pt", tables, surgery={"module": "surgeries:AtMost"})
+    write_repository(build_artifact(config, tmp_path / "artifact", workers=1).artifact, models)
+    server = FakeServer(monkeypatch, models / SCRIPT)
+    requests = [
+        Request(torch.zeros(n, dtype=torch.int64), torch.ones(n, dtype=torch.int32), None) for n in (1, 9999, 2)
+    ]
+    first, bad, last = server.ask(*requests)
+    assert (first.error, last.error) == (None, None)
+    assert last.output_tensors[0].array.shape == (2, 8)
+    assert bad.error.code == "INTERNAL"
+    assert "at most 5000 examples" in bad.error.message
+    assert "\n" not in bad.error.message
 
 
 # --- Again, and refusals ---------------------------------------------------------------------------------------------
