@@ -191,7 +191,8 @@ def _floor(func: Any, args: Any, result: Any) -> torch.Tensor | None:
     What a narrower type turns into zero is off by a step of that type.
     """
     if func._schema.name == "aten::_to_copy" and args[0].is_floating_point():
-        return _NARROW_ROUNDINGS * _step(result.dtype) * (args[0] != 0)
+        lost: torch.Tensor = _NARROW_ROUNDINGS * _step(result.dtype) * (args[0] != 0)
+        return lost
     if not any(name in func._schema.name for name in _APPROXIMATED) or not isinstance(result, torch.Tensor):
         return None
     operand: torch.Tensor = args[0].double().abs().clamp(min=1.0)
