@@ -33,6 +33,7 @@ from ruamel.yaml.comments import TaggedScalar
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from export.errors import ConfigError
+from export.storage import redact
 from runtime_py.manifest import ROW_FORMATS
 
 __all__ = [
@@ -182,6 +183,35 @@ def _check_json(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _check_published(value: dict[str, Any]) -> dict[str, Any]:
+    """The manifest keeps arguments as they are: no integer that it has no place for, and nothing that is to stay secret."""
+    for at, part in _parts(value):
+        if type(part) is int and not -(2**63) <= part < 2**63:
+            raise _error_at(
+                f"expected an integer that fits in signed 64 bits, got {part}; write a float, or a text", *at
+            )
+        if isinstance(part, str) and redact(part) != part:
+            raise _error_at(
+                "a URL with a user, a password or a query, which the manifest would publish; "
+                "write it without, and let the module find its credentials where it runs",
+                *at,
+            )
+    return value
+
+
+def _parts(value: Any, *at: int | str) -> Iterator[tuple[tuple[int | str, ...], Any]]:
+    """Every key and every value that is no container, and the way to it. The key of a mapping is at the mapping."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield at, key
+            yield from _parts(part, *at, key)
+    elif isinstance(value, list):
+        for number, part in enumerate(value):
+            yield from _parts(part, *at, number)
+    else:
+        yield at, value
+
+
 def _check_name(name: str) -> str:
     """Table names become module names and tensor names: what `nn.ModuleDict` or safetensors refuses is refused here."""
     if not name or not name.isprintable():
@@ -199,6 +229,9 @@ def _check_feature_name(name: str) -> str:
 
 _TableName = Annotated[str, AfterValidator(_check_name)]
 _FeatureName = Annotated[str, AfterValidator(_check_feature_name)]
+# The manifest, which has the configuration, holds signed integers of 64 bits.
+_Integer = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
+_Number = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 _Count = Annotated[StrictInt, Field(ge=1, lt=2**63)]
 _Float = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 _Ratio = Annotated[_Float, Field(ge=0.0)]
@@ -224,7 +257,7 @@ class _Section(BaseModel):
 
 
 class _PiecewiseConstant(_Section):
-    learning_rate_boundaries: list[StrictInt] | None = None
+    learning_rate_boundaries: list[_Integer] | None = None
     learning_rate_values: list[_Float] | None = None
 
 
@@ -398,7 +431,7 @@ class SnapshotConfig(_Section):
 
     uri: Annotated[str, Field(min_length=1)]
     format: SnapshotFormat = SnapshotFormat.AUTO
-    step: Annotated[StrictInt, Field(ge=0)] | None = None
+    step: _Number | None = None
     prefix: str | None = None
 
 
@@ -417,8 +450,8 @@ class Budget(_Section):
     min_cosine: _Cosine | None = None
     min_worst_cosine: _Cosine | None = None
     max_lookup_relative_l2: _Ratio | None = None
-    max_vanished_rows: Annotated[StrictInt, Field(ge=0)] | None = None
-    max_outlier_rows: Annotated[StrictInt, Field(ge=0)] | None = None
+    max_vanished_rows: _Number | None = None
+    max_outlier_rows: _Number | None = None
 
     # The figure of `TableAccuracy` that a key limits, where it has another name.
     FIGURES: ClassVar[Mapping[str, str]] = {
@@ -447,7 +480,7 @@ class AutoConfig(_Section):
 
     max_relative_l2: _Ratio | None = None
     min_cosine: _Cosine | None = None
-    max_bytes: Annotated[Annotated[ByteSize, Field(gt=0)] | None, BeforeValidator(_read_size)] = None
+    max_bytes: Annotated[Annotated[ByteSize, Field(gt=0, lt=2**63)] | None, BeforeValidator(_read_size)] = None
     precisions: Annotated[list[_StoredPrecision], Field(min_length=1), AfterValidator(_unique)] = list(STORED)
 
     @property
@@ -501,7 +534,7 @@ DEFAULT_BUDGETS: Mapping[Precision, Budget] = {
 class ParityConfig(_Section):
     """The gates of the build: how many random batches, and each table's budget."""
 
-    seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = 0
+    seed: _Number = 0
     batches: _Count = 8
     budgets: dict[_StoredPrecision, Budget] = {}
     table_budgets: dict[str, Budget] = {}
@@ -514,7 +547,7 @@ class SurgeryConfig(_Section):
     """
 
     module: Annotated[str, AfterValidator(_check_class_path)]
-    kwargs: Annotated[dict[str, Any], AfterValidator(_check_json)] = {}
+    kwargs: Annotated[dict[str, Any], AfterValidator(_check_json), AfterValidator(_check_published)] = {}
     prefix: Annotated[str, Field(min_length=1)] | None = None
 
 

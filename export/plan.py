@@ -173,7 +173,7 @@ def _open_sources(config: ReleaseConfig, steps: Mapping[SnapshotConfig, int | No
         source, name = _source(config, table)
         return snapshots[source].table(table, name)
 
-    found = map_ordered(find, tables, _REQUESTS)
+    found = list(map_ordered(find, tables, _REQUESTS))  # all before the surgery, which lies beside them
     surgery = None
     if config.surgery is not None:
         surgery = open_surgery(config.surgery, config.large_embeddings, snapshots[config.snapshot])

@@ -9,10 +9,12 @@ Shapes: n rows of D values (columns) or R stored bytes.
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
+from numba.core.caching import FunctionCache
 
 __all__ = [
     "FIRST_HALF_OCTAVE",
@@ -36,17 +38,28 @@ _REORDERED = {"reassoc", "contract", "nnan", "ninf", "nsz"}
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
+class _Cache(FunctionCache):  # type: ignore[misc]
+    """Compiled code on the disk, which is a convenience: numba lets a full disk, or a damaged file, fail the call."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """The compiled function, or None where it is not there or cannot be read."""
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # damaged pickles raise nearly anything
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Saves the compiled function, if it can be."""
+        with suppress(Exception):  # the index, which may be damaged, is read again
+            super().save_overload(sig, data)
+
+
 def _compiled(function: _Function, fastmath: Any = False) -> _Function:
     """`function` compiled when it is first called, without the GIL; kept on the disk where there is a place for it."""
-    for cache in (True, False):
-        try:
-            return cast(
-                _Function, numba.njit(nogil=True, error_model="numpy", fastmath=fastmath, cache=cache)(function)
-            )
-        except RuntimeError:  # neither the package's folder nor the user's can be written
-            if not cache:
-                raise
-    raise AssertionError
+    dispatcher = numba.njit(nogil=True, error_model="numpy", fastmath=fastmath)(function)
+    with suppress(RuntimeError):  # neither the package's folder nor the user's can be written
+        dispatcher._cache = _Cache(function)  # as numba's enable_caching does it
+    return cast(_Function, dispatcher)
 
 
 # --- Binary16 by integer and float32 arithmetic ---------------------------------------------------------------------------

@@ -40,7 +40,14 @@ class NormalizeAndProject(torch.nn.Module):
             normalize_output: whether the projected vector is scaled to length one, too.
             keep: keys that are outputs themselves, as they were pooled.
             eps: a vector shorter than this is divided by this, so that the zeros of an empty bag stay zeros.
+
+        Raises:
+            ValueError: `keep` names `projected`, which would be in the place of the projection.
         """
+        if "projected" in (keep or []):
+            raise ValueError(
+                "keep names 'projected', which is the output of the projection; give that feature another name"
+            )
         super().__init__()
         self.keys = list(keys)
         self.keep = list(keep or [])

@@ -16,7 +16,8 @@ whole when the artifact's own folder is removed. Symbolic links do not serve: ON
 path lies outside of the model's folder, and a container that sees only the repository could not follow them.
 
 A model appears whole or not at all. What is there is never changed: a newer artifact becomes the next version of its model,
-if inputs and outputs are the same. Staging happens beside DIR, since Triton takes every folder in it, hidden ones too, for
+if clients of the newest one may ask it: they know features and columns by their place alone, which config.pbtxt does not
+say, so that manifests are compared. Staging happens beside DIR, since Triton takes every folder in it, hidden ones too, for
 a model.
 """
 
@@ -32,7 +33,9 @@ from typing import Any
 
 from export.errors import ExportError, PublishError
 from export.publish import publish, staged, write_file
-from runtime_py.manifest import MANIFEST, Manifest
+from runtime_py.compatibility import find_differences
+from runtime_py.errors import ManifestError
+from runtime_py.manifest import MANIFEST, Manifest, read_manifest
 from runtime_py.verify import verify_artifact
 
 __all__ = ["WrittenModel", "write_repository"]
@@ -74,7 +77,8 @@ def write_repository(
 
     Raises:
         ArtifactError: the artifact is damaged.
-        ExportError: it lacks a graph, or the repository has a model of that name with other inputs or outputs.
+        ExportError: it lacks a graph, or the repository has a model of that name with other inputs or outputs, or whose
+            newest version has features and columns that are not this artifact's.
         PublishError: the repository cannot be written.
     """
     if not _NAME.fullmatch(name):
@@ -85,7 +89,9 @@ def write_repository(
     manifest = verify_artifact(artifact)
     chosen = _choose_graphs(manifest, graphs)
     configs = [_make_config(manifest, f"{name}_{graph}", graph) for graph in chosen]
-    versions = [_next_version(repository / config.name, config) for config in configs]  # refusals come before any file
+    versions = [
+        _next_version(repository / config.name, config, manifest) for config in configs
+    ]  # refusals come before any file
     return [
         _write_model(artifact, manifest, repository, graph, config, version, copy=copy)
         for graph, config, version in zip(chosen, configs, versions, strict=True)
@@ -136,8 +142,8 @@ def _encode_config(config: Any) -> bytes:
     return text.encode()
 
 
-def _next_version(folder: Path, config: Any) -> int:
-    """The number of the version to write: 1, or the one after the newest of a model with the same interface."""
+def _next_version(folder: Path, config: Any, manifest: Manifest) -> int:
+    """The number of the version to write: 1, or the one after the newest of a model that answers the same requests."""
     from google.protobuf import text_format
 
     if not os.path.lexists(folder):
@@ -145,7 +151,7 @@ def _next_version(folder: Path, config: Any) -> int:
     path = folder / CONFIG
     try:
         found = text_format.Parse(path.read_bytes(), type(config)())
-        versions = [int(entry) for entry in os.listdir(folder) if _VERSION.fullmatch(entry)]
+        versions = sorted(int(entry) for entry in os.listdir(folder) if _VERSION.fullmatch(entry))
     except (OSError, text_format.ParseError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ExportError(f"{path}: cannot be read: {reason}; choose another --name, or mend the model") from error
@@ -156,7 +162,29 @@ def _next_version(folder: Path, config: Any) -> int:
                 f"{path}: a version of this model must have {what} {ours}, the file says {theirs}; "
                 "choose another --name for another interface"
             )
-    return max(versions, default=0) + 1
+    for version in reversed(versions):
+        place = folder / str(version) / ("artifact" if config.backend == "python" else "")
+        if (place / MANIFEST).exists():
+            _check_clients(place, manifest)
+            break
+    else:
+        raise ExportError(
+            f"{folder}: no version of it holds an artifact to compare this one with; choose another --name"
+        )
+    return versions[-1] + 1
+
+
+def _check_clients(newest: Path, manifest: Manifest) -> None:
+    """Whether clients of the newest version get what they ask for: ids and columns are known by their place alone."""
+    try:
+        problems = find_differences(read_manifest(newest), manifest)
+    except ManifestError as error:
+        raise ExportError(f"{error}; choose another --name, or mend the model") from error
+    if problems:
+        raise ExportError(
+            f"{newest}: clients of this version would be failed by the artifact: {'; '.join(problems)}; "
+            "choose another --name for another interface"
+        )
 
 
 def _describe_field(config: Any, name: str) -> str:

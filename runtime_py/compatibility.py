@@ -3,17 +3,28 @@
 from runtime_py.errors import IncompatibleError
 from runtime_py.manifest import Manifest
 
-__all__ = ["check_compatible"]
+__all__ = ["check_compatible", "find_differences"]
 
 
 def check_compatible(serving: Manifest, candidate: Manifest) -> None:
-    """Compares what callers count on: features, outputs, vocabularies, and that an id which is valid stays so.
-
-    Outputs are the same in the same order, as the columns of a raw answer have no other name. Rows, precisions and graphs
-    may change, and tables may grow. A table may shrink only where both have a vocabulary for it: ids then come from there.
+    """Compares what callers count on, as `find_differences`.
 
     Raises:
         IncompatibleError: naming every difference.
+    """
+    problems = find_differences(serving, candidate)
+    if problems:
+        raise IncompatibleError(
+            f"{'; '.join(problems)}; callers count on what is served: publish to another root, "
+            "or load with allow_signature_change=True"
+        )
+
+
+def find_differences(serving: Manifest, candidate: Manifest) -> list[str]:
+    """In what a candidate fails callers: features, outputs, vocabularies, and that an id which is valid stays so.
+
+    Outputs are the same in the same order, as the columns of a raw answer have no other name. Rows, precisions and graphs
+    may change, and tables may grow. A table may shrink only where both have a vocabulary for it: ids then come from there.
     """
     problems = [*_compare_features(serving, candidate), *_compare_outputs(serving, candidate)]
     had = {vocabulary.table for vocabulary in serving.vocabularies}
@@ -23,11 +34,7 @@ def check_compatible(serving: Manifest, candidate: Manifest) -> None:
         other = candidate.table.get(table.name)
         if other is not None and table.name not in had & has and other.num_embeddings < table.num_embeddings:
             problems.append(f"table '{table.name}' has {other.num_embeddings} rows, {table.num_embeddings} as served")
-    if problems:
-        raise IncompatibleError(
-            f"{'; '.join(problems)}; callers count on what is served: publish to another root, "
-            "or load with allow_signature_change=True"
-        )
+    return problems
 
 
 def _compare_features(serving: Manifest, candidate: Manifest) -> list[str]:

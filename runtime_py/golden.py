@@ -32,7 +32,8 @@ _TYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4
 class GoldenCase:
     """A request in the raw signature, and the answer, float32 [B, sum(D)].
 
-    `tolerance` [B, sum(D)] is how far from it another right answer may be; None where every bit is the same.
+    `tolerance` [B, sum(D)] is how far from it another right answer may be; None where every bit is the same. With it, one
+    value that is no number is as right as another, and where it is none itself, only the same value is right.
     """
 
     request: Request
@@ -45,7 +46,8 @@ class GoldenCase:
         if self.tolerance is None:
             return different
         # Not `>`: a value that is no number is within nothing.
-        return different & ~((pooled.double() - self.pooled.double()).abs() <= self.tolerance.double())
+        near = (pooled.double() - self.pooled.double()).abs() <= self.tolerance.double()
+        return different & ~(near | (pooled.isnan() & self.pooled.isnan()))
 
 
 def read_cases(artifact: Path, manifest: Manifest) -> dict[str, GoldenCase]:

@@ -46,6 +46,42 @@ class Passing(nn.Module):
         return {"sum": pooled["item"] + pooled["last_item"], "age": pooled["age"]}
 
 
+class Unguarded(nn.Module):
+    """Of an empty bag, the logarithm of zero and a quotient of zeros."""
+
+    def forward(self, pooled: Pooled) -> Pooled:
+        user = pooled["user"]
+        return {"log": torch.log(user.abs()), "unit": user / user.pow(2).sum(1, keepdim=True).sqrt()}
+
+
+class Narrow(nn.Module):
+    """Computes in a narrower type; `keep` is whether it rounds what it computes to that type."""
+
+    def __init__(self, name: str = "float16", keep: bool = True) -> None:
+        super().__init__()
+        self.dtype = getattr(torch, name) if keep else torch.float32
+
+    def forward(self, pooled: Pooled) -> torch.Tensor:
+        x = pooled["user"].to(self.dtype)
+        y = (x * 1.7 + 0.3) * 1.1 - x * 0.7
+        return (torch.sigmoid(y) @ y.t() @ x).float()
+
+
+class AtMost(nn.Module):
+    """Raises for a batch that no check of a build has."""
+
+    def forward(self, pooled: Pooled) -> torch.Tensor:
+        if pooled["user"].shape[0] > 5000:
+            raise ValueError("at most 5000 examples")
+        return pooled["user"] * 2
+
+
+class Scaled(nn.Module):
+    def forward(self, pooled: Pooled) -> torch.Tensor:
+        x = pooled["user"].half()
+        return ((x * 1.7 + 0.3) * 1.1 - x * 0.7).float()
+
+
 class Returns(nn.Module):
     """Returns what no graph can."""
 

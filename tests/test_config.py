@@ -1,5 +1,6 @@
 """The release configuration: what loads, and what each refusal says, with its file, line and key."""
 
+import json
 import re
 import textwrap
 from pathlib import Path
@@ -787,6 +788,27 @@ def test_a_surgery_names_a_class_and_its_arguments(tmp_path: Path) -> None:
         ('{module: "a:C", kwargs: {x: .inf}}', "surgery.kwargs", "finite numbers"),
         ('{module: "a:C", kwargs: {x: 2026-11-25}}', "surgery.kwargs", "expected text, finite numbers, booleans, null"),
         ('{module: "a:C", prefix: ""}', "surgery.prefix", "at least 1 character"),
+        (
+            f'{{module: "a:C", kwargs: {{x: {2**63}}}}}',
+            "surgery.kwargs.x",
+            f"fits in signed 64 bits, got {2**63}; write",
+        ),
+        (
+            f'{{module: "a:C", kwargs: {{x: [1, {{y: {-(2**70)}}}]}}}}',
+            "surgery.kwargs.x[1].y",
+            "fits in signed 64 bits",
+        ),
+        (
+            '{module: "a:C", kwargs: {x: ["s3://key:hush@bucket/x"]}}',
+            "surgery.kwargs.x[0]",
+            "a URL with a user, a pass",
+        ),
+        (
+            '{module: "a:C", kwargs: {x: "read https://host/x?token=hush"}}',
+            "surgery.kwargs.x",
+            "would publish; write it",
+        ),
+        ('{module: "a:C", kwargs: {x: {"s3://hush@b/": 1}}}', "surgery.kwargs.x", "the manifest would publish"),
     ],
 )
 def test_a_surgery_that_is_not_well_formed_is_refused_by_key(
@@ -795,6 +817,29 @@ def test_a_surgery_that_is_not_well_formed_is_refused_by_key(
     message = refusal(tmp_path, release_with(f"surgery: {surgery}"))
     assert message.startswith(f"release.yaml:9: {key}: ")
     assert problem in message
+    assert "hush" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        (release_with("parity: {seed: NUMBER}"), "parity.seed"),
+        (release_with("parity: {budgets: {int8: {max_outlier_rows: NUMBER}}}"), "parity.budgets.int8.max_outlier_rows"),
+        (release_with("serving: {precision: auto, auto: {max_bytes: NUMBER}}"), "serving.auto.max_bytes"),
+        (replaced("  uri: snapshots/demo\n", "  uri: snapshots/demo\n  step: NUMBER\n"), "snapshot.step"),
+    ],
+)
+def test_an_integer_that_the_manifest_has_no_place_for_is_refused(tmp_path: Path, text: str, key: str) -> None:
+    load(tmp_path, text.replace("NUMBER", str(2**63 - 1)))
+    message = refusal(tmp_path, text.replace("NUMBER", str(2**63)))
+    assert re.search(rf": {re.escape(key)}: Input should be less than 92233720368547\d+, got {2**63}$", message)
+
+
+def test_arguments_may_be_urls_and_integers_of_64_bits(tmp_path: Path) -> None:
+    given = {"x": ["s3://bucket/x", {"low": -(2**63), "high": 2**63 - 1}], "s3://bucket/": "why? # 1", "large": 2.0**70}
+    config = load(tmp_path, release_with(f'surgery: {{module: "a:C", kwargs: {json.dumps(given)}}}'))
+    assert config.surgery is not None
+    assert config.surgery.kwargs == given
 
 
 def test_a_budget_of_no_table_is_refused_with_the_tables_that_there_are(tmp_path: Path) -> None:

@@ -1,5 +1,9 @@
 """The compiled passes over values, against numpy."""
 
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import numba
 import numpy as np
 import pytest
 
@@ -50,3 +54,38 @@ def test_a_function_that_cannot_be_kept_on_the_disk_is_compiled_all_the_same():
     scope = {}
     exec("def double(x):\n    return 2 * x", scope)  # of no file: there is no place for its cache
     assert row_kernels._compiled(scope["double"])(21) == 42
+
+
+# --- Compiled code on the disk ---------------------------------------------------------------------------------------
+
+
+def _add_one(x):
+    return x + 1
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """The folder with the code of `_add_one`, compiled and saved."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    assert row_kernels._compiled(_add_one)(1) == 2
+    [index] = tmp_path.rglob("*.nbi")
+    again = row_kernels._compiled(_add_one)
+    assert again(1) == 2
+    assert sum(again.stats.cache_hits.values()) == 1
+    return index.parent
+
+
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+def test_damaged_code_on_the_disk_is_compiled_again(cached, kind):
+    [file] = cached.glob(f"*.{kind}")
+    for data in (b"", file.read_bytes()[:-20], b"\x80\x04junk"):
+        file.write_bytes(data)
+        assert row_kernels._compiled(_add_one)(1) == 2
+
+
+def test_a_place_that_can_neither_be_read_nor_written_any_more_fails_no_build(cached):
+    function = row_kernels._compiled(_add_one)
+    shutil.rmtree(cached)
+    cached.write_text("a file where the folder was: every open fails, as on a full or broken disk")
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(function, [1, 2])) == [2, 3]

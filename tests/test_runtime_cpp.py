@@ -472,13 +472,34 @@ def test_an_answer_beyond_its_tolerance_is_named(serve, surgery_artifact, tmp_pa
     copy = Path(shutil.copytree(surgery_artifact, tmp_path / "artifact"))
     tensors = load_file(copy / GOLDEN)
     tensors["04 duplicate ids/pooled"][1, 1] += 3 * tensors["04 duplicate ids/tolerance"][1, 1]
-    save_file(tensors, copy / GOLDEN)
-    document = json.loads((copy / "manifest.json").read_text())
-    entry = next(file for file in document["files"] if file["path"] == GOLDEN)
-    entry["digest"]["value"] = hashlib.sha256((copy / GOLDEN).read_bytes()).hexdigest()
-    (copy / "manifest.json").write_text(seal(document))
+    write_golden(copy, tensors)
     line = refused(serve(copy, "replay"))
     assert line.startswith(f"{copy}: golden case '04 duplicate ids': output 'output', bag 1: column 1 is ")
+
+
+def test_one_value_that_is_no_number_is_as_right_as_another(serve, tmp_path):
+    from export import build_artifact
+
+    torch.save(state_dict(make_rows(TABLES)), tmp_path / "s.pt")
+    config = write_config(tmp_path / "r.yaml", tmp_path / "s.pt", TABLES, surgery={"module": "surgeries:Unguarded"})
+    artifact = build_artifact(config, tmp_path / "artifact", workers=1).artifact
+    tensors = load_file(artifact / GOLDEN)
+    pooled = next(part for name, part in sorted(tensors.items()) if name.endswith("/pooled") and part.isnan().any())
+    nan = pooled.isnan()
+    pooled.view(torch.int32)[nan] ^= 1 << 31 | 5
+    write_golden(artifact, tensors)
+    assert serve(artifact, "replay").returncode == 0
+    pooled[nan] = 1.0
+    write_golden(artifact, tensors)
+    assert f"column {nan.nonzero()[0, 1]} is " in refused(serve(artifact, "replay"))
+
+
+def write_golden(artifact, tensors):
+    save_file(tensors, artifact / GOLDEN)
+    document = json.loads((artifact / "manifest.json").read_text())
+    entry = next(file for file in document["files"] if file["path"] == GOLDEN)
+    entry["digest"]["value"] = hashlib.sha256((artifact / GOLDEN).read_bytes()).hexdigest()
+    (artifact / "manifest.json").write_text(seal(document))
 
 
 SURGERY_EDITS = {

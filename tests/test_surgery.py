@@ -30,6 +30,7 @@ from support import (
     surgery_state,
     write_config,
 )
+from surgeries import Narrow
 from torch.distributed import checkpoint
 
 from export import build_artifact
@@ -44,7 +45,7 @@ from export.ranks import joined_ranks
 from export.splice import OpenedSurgery, TensorSplice
 from export.surgery import NormalizeAndProject
 from export.surgery_code import check_operators, digest_code
-from export.surgery_parity import surgery_bound
+from export.surgery_parity import check_answer, surgery_bound
 from export.surgery_writes import check_writes
 from runtime_py import (
     DigestMismatchError,
@@ -92,6 +93,14 @@ def refusal(folder: Path, surgery: dict[str, Any], state: dict[str, torch.Tensor
     assert message.startswith(f"surgery '{surgery['module']}': ")
     assert "\n" not in message
     return message.removeprefix(f"surgery '{surgery['module']}': ")
+
+
+def planned(config: Path) -> dict[str, torch.Tensor]:
+    """The parameters that a build would take from the snapshot, by name."""
+    with joined_ranks() as ranks:
+        surgery = plan_release(load_config(config), ranks, 1, 1, Clock(NoProgress())).surgery
+    assert surgery is not None
+    return dict(surgery.tensors)
 
 
 def opened(module: torch.nn.Module, features: dict[str, int], columns: int) -> OpenedSurgery:
@@ -274,11 +283,6 @@ def test_beside_the_collection_of_a_prefix_is_the_cut_point(tmp_path: Path) -> N
     """Two models in one snapshot: `snapshot.prefix` chooses the tables and, with them, the parameters."""
     state = under_cut_point(projection()) | under_cut_point(projection(seed=4), "other.embeddings")
     state |= {name.replace("model.", "other."): rows for name, rows in state_dict(make_rows(TABLES, seed=1)).items()}
-    message = refusal(
-        tmp_path / "none", PROJECT, under_cut_point(projection()) | under_cut_point(projection(), "other")
-    )
-    assert "has 2 candidates for 'project.weight': " in message
-    assert message.endswith("say which with surgery.prefix")
     config = write_release(tmp_path, PROJECT, state)
     document = json.loads(config.read_text())
     document["snapshot"]["prefix"] = "other.embeddings.ebc"
@@ -288,10 +292,53 @@ def test_beside_the_collection_of_a_prefix_is_the_cut_point(tmp_path: Path) -> N
     assert torch.equal(stored["surgery.project.weight"], projection(seed=4)["project.weight"])
 
 
+def test_a_cut_point_of_another_model_gives_no_parameters(tmp_path: Path) -> None:
+    """One parameter stands in each of two other towers, and both must come from beside the tables."""
+    parts = under_cut_point(projection())
+    foreign = {
+        name.replace("model.embeddings", tower): tensor
+        for (name, tensor), tower in zip(parts.items(), ("tower_x", "tower_y"), strict=True)
+    }
+    message = refusal(tmp_path / "foreign", PROJECT, foreign)
+    assert "has no tensor 'model.embeddings.surgery_cut_point.project.weight' for 'project.weight'; beside" in message
+    assert "tower_x.surgery_cut_point.project.weight" in message
+    assert message.endswith("or say with surgery.prefix where its parameters are")
+    found = planned(write_release(tmp_path / "beside", PROJECT, foreign | parts))
+    assert torch.equal(found["project.weight"], projection()["project.weight"])
+
+
+def test_tables_of_two_models_leave_no_doubt_where_the_parameters_are(tmp_path: Path) -> None:
+    """Where both have a cut point, or no table is read from the snapshot, the configuration has to say which."""
+    rows = state_dict(make_rows(TABLES))
+    moved = {name.replace("model.", "other." if ".tag." in name else "model."): tensor for name, tensor in rows.items()}
+    config = write_release(tmp_path / "one", PROJECT, under_cut_point(projection(seed=4), "other.embeddings"))
+    torch.save(moved | under_cut_point(projection(seed=4), "other.embeddings"), tmp_path / "one/s.pt")
+    assert torch.equal(planned(config)["project.weight"], projection(seed=4)["project.weight"])
+    both = under_cut_point(projection()) | under_cut_point(projection(seed=4), "other.embeddings")
+    torch.save(moved | both, tmp_path / "one/s.pt")
+    places = r"model\.embeddings\.surgery_cut_point, other\.embeddings\.surgery_cut_point"
+    with pytest.raises(
+        SurgeryError, match=rf"'surgery_cut_point' is there 2 times: {places}; say with surgery\.prefix"
+    ):
+        planned(config)
+    document = json.loads(config.read_text())
+    torch.save(rows, tmp_path / "one/tables.pt")
+    for table in document["large_embeddings"]["tables"]:
+        pretrained = {"embedding_snapshot_uri": str(tmp_path / "one/tables.pt"), "emb_name": table["name"]}
+        table["pretrained"] = pretrained
+    config.write_text(json.dumps(document))
+    with pytest.raises(SurgeryError, match=r"is nowhere: no table is read from it; say with surgery\.prefix"):
+        planned(config)
+
+
 @pytest.mark.parametrize(
     ("state", "problem"),
     [
-        ({}, "has no tensor '…surgery_cut_point.project.weight' for 'project.weight'; beside tables it has: nothing"),
+        (
+            {},
+            "has no tensor 'model.embeddings.surgery_cut_point.project.weight' for 'project.weight'; beside tables it has: "
+            "nothing; correct the module, or say with surgery.prefix where its parameters are",
+        ),
         (
             under_cut_point({"projection.weight": torch.zeros(6, 11)}),
             "beside tables it has: model.embeddings.surgery_cut_point.projection.weight",
@@ -339,6 +386,11 @@ def returns(what: str) -> dict[str, Any]:
         (
             {"module": "surgeries:Refusing", "kwargs": {"width": 3}},
             """its constructor refuses kwargs {"width": 3}: OSError: no file for 3""",
+        ),
+        (
+            PROJECT | {"kwargs": PROJECT["kwargs"] | {"keep": ["tag", "projected"]}},
+            """its constructor refuses kwargs {"keys": ["user", "last_item"], "in_features": 11, "out_features": 6, """
+            """"keep": ["tag", "projected"]}: ValueError: keep names 'projected', which is the output of the""",
         ),
         ({"module": "surgeries:Counting"}, "changes its own 'calls' when it is called; served parameters are read-only"),
         ({"module": "surgeries:Hiding"}, "'mask' is a tensor, and neither a parameter nor a buffer; use register"),
@@ -759,6 +811,95 @@ def test_the_bound_holds_for_sums_in_any_order_and_is_a_few_hundred_units_at_mos
     worst = max(np.abs(order - exact).max() for order in orders)
     assert all((np.abs(order - other) <= bound).all() for order in orders for other in orders)
     assert bound.max() < 500 * worst
+
+
+@pytest.mark.parametrize(("name", "share"), [("float16", 0.02), ("bfloat16", 0.15)])
+def test_a_module_that_computes_in_16_bits_may_be_fused_and_so_rounded_nowhere(name: str, share: float) -> None:
+    generator = torch.Generator().manual_seed(2)
+    pooled = {
+        "user": torch.randn(16, 8, generator=generator) * 2.0 ** torch.randint(-30, 3, (16, 1), generator=generator)
+    }
+    pooled["user"][3] = 0.0
+    kept, fused = (opened(Narrow(name, keep), {"user": 8}, 8) for keep in (True, False))
+    bound = surgery_bound(kept, pooled)
+    figures = check_answer("case", kept.outputs, fused(pooled), kept(pooled), bound)
+    assert not figures["surgery_bit_equal"]
+    terms = opened(Narrow("float32"), {"user": 8}, 8)({"user": pooled["user"].abs()})  # of sums without cancellation
+    assert (bound < share * terms.max().item()).all()  # and so a wrong column is beyond it
+    with pytest.raises(GateError, match="the bound is"):
+        check_answer("case", kept.outputs, kept(pooled).flip(1), kept(pooled), bound)
+
+
+def test_a_narrow_parameter_that_is_widened_costs_nothing_of_the_bound() -> None:
+    class Widened(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.linspace(1, 2, 8).half())
+
+        def forward(self, pooled: dict[str, torch.Tensor]) -> torch.Tensor:
+            return pooled["user"] * self.weight.float()
+
+    bound = surgery_bound(opened(Widened(), {"user": 8}, 8), {"user": torch.ones(2, 8)})
+    assert 0 < bound.max() < 300 * 2.0**-24
+
+
+def test_a_module_in_float16_is_built_for_onnx(tmp_path: Path) -> None:
+    serving = {"graphs": ["torchscript", "onnx"]}
+    config = write_release(tmp_path, {"module": "surgeries:Scaled"}, {}, serving=serving)
+    assert (
+        "surgeries:Scaled as in eager mode" in build_artifact(config, tmp_path / "a", workers=1).manifest.parity.serving
+    )
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_an_answer_that_is_not_finite_is_right_where_the_module_gives_it(tmp_path: Path) -> None:
+    config = write_release(tmp_path, {"module": "surgeries:Unguarded"}, {}, serving={"graphs": ["torchscript", "onnx"]})
+    artifact = build_artifact(config, tmp_path / "artifact", workers=1).artifact
+    answer = load_artifact(artifact)({feature: [[]] for feature in ("user", "item", "last_item", "tag", "age")})
+    assert answer["log"].tolist() == [[-np.inf] * 8]
+    assert answer["unit"].isnan().all()
+    cases = read_cases(artifact, read_manifest(artifact))
+    assert any(case.pooled.isnan().any() for case in cases.values())
+    assert any(case.pooled.isinf().any() for case in cases.values())
+    assert replay_cases(artifact, read_manifest(artifact)) == 7
+    for case in cases.values():
+        assert case.tolerance is not None
+        assert case.tolerance.isfinite().all()
+        other = case.pooled.clone()
+        other.view(torch.int32)[case.pooled.isnan()] ^= 1 << 31 | 5
+        assert not case.differs(other).any()
+        other[case.pooled.isnan()] = 0.0
+        assert torch.equal(case.differs(other), case.pooled.isnan())
+        assert torch.equal(case.differs(-case.pooled) & case.pooled.isinf(), case.pooled.isinf())
+
+
+def test_a_value_that_is_not_finite_is_no_answer_for_another() -> None:
+    inf, nan, bound = np.inf, np.nan, np.array([[0.5] * 3])
+    wanted = torch.tensor([[-inf, nan, 1.0]])
+    figures = check_answer("case", [Output("o", 3)], torch.tensor([[-inf, -nan, 1.25]]), wanted, bound)
+    assert figures == {"surgery_bit_equal": False, "surgery_max_difference": 0.25, "surgery_max_share_of_bound": 0.5}
+    for column, value in ((0, inf), (0, nan), (0, -3e38), (1, 0.0), (1, inf), (2, nan), (2, inf)):
+        got = wanted.clone()
+        got[0, column] = value
+        with pytest.raises(GateError, match=rf"output 'o', bag 0, column {column}: .*, the bound is 0.5"):
+            check_answer("case", [Output("o", 3)], got, wanted, bound)
+
+
+def test_where_roundings_alone_leave_the_numbers_only_the_same_value_is_right() -> None:
+    surgery = opened(Root(), {"a": 2}, 2)
+    pooled = {"a": torch.tensor([[1.0, 2.0]])}
+    bound = surgery_bound(surgery, pooled)
+    assert np.isnan(bound[0, 0])
+    assert bound[0, 1] < 1e-4
+    answer = surgery(pooled)
+    check_answer("case", surgery.outputs, answer, answer, bound)
+    with pytest.raises(GateError, match="there is no bound, as roundings alone make the value infinite or no number"):
+        check_answer("case", surgery.outputs, answer + torch.tensor([1e-6, 0.0]), answer, bound)
+
+
+class Root(torch.nn.Module):
+    def forward(self, pooled: dict[str, torch.Tensor]) -> torch.Tensor:
+        return (pooled["a"] - 1.0).sqrt()
 
 
 def test_noise_of_the_embeddings_counts_in_the_bound() -> None:

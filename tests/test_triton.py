@@ -25,6 +25,7 @@ from export.errors import ExportError, PublishError
 from export.triton import write_repository
 from runtime_py import DigestMismatchError, verify_artifact
 from runtime_py.golden import read_cases
+from runtime_py.inputs import Request
 from runtime_py.manifest import WEIGHTS
 
 TABLES = [
@@ -172,7 +173,7 @@ class FakeServer:
             self.output_tensors, self.error = output_tensors, error
 
     class TritonError:
-        INVALID_ARG = "INVALID_ARG"
+        INVALID_ARG, INTERNAL = "INVALID_ARG", "INTERNAL"
 
         def __init__(self, message, code=None):
             self.message, self.code = message, code
@@ -238,6 +239,23 @@ def test_a_bad_request_is_refused_by_name_and_spoils_no_other(plain, models, mon
     assert torch.equal(torch.from_numpy(good.output_tensors[0].array), cases["04 duplicate ids"].pooled)
 
 
+def test_a_surgery_that_raises_fails_the_one_request_alone(tmp_path, models, monkeypatch):
+    tables = [{"name": "user", "num_embeddings": 9, "embedding_dim": 8, "data_type": "fp32"}]
+    torch.save(state_dict(make_rows(tables)), tmp_path / "s.pt")
+    config = write_config(tmp_path / "r.yaml", tmp_path / "s.pt", tables, surgery={"module": "surgeries:AtMost"})
+    write_repository(build_artifact(config, tmp_path / "artifact", workers=1).artifact, models)
+    server = FakeServer(monkeypatch, models / SCRIPT)
+    requests = [
+        Request(torch.zeros(n, dtype=torch.int64), torch.ones(n, dtype=torch.int32), None) for n in (1, 9999, 2)
+    ]
+    first, bad, last = server.ask(*requests)
+    assert (first.error, last.error) == (None, None)
+    assert last.output_tensors[0].array.shape == (2, 8)
+    assert bad.error.code == "INTERNAL"
+    assert "at most 5000 examples" in bad.error.message
+    assert "\n" not in bad.error.message
+
+
 # --- Again, and refusals ---------------------------------------------------------------------------------------------
 
 
@@ -280,6 +298,35 @@ def test_a_model_of_that_name_with_another_interface_is_refused(plain, weighted,
         path.write_text(text.replace(old, new))
         refuse(plain, models, what, graphs=["torchscript"])
         path.write_text(text)
+
+
+def test_features_in_another_order_are_no_version_of_a_model_whose_clients_know_only_places(tmp_path, models):
+    """The same inputs, and an output as wide: nothing in config.pbtxt tells them apart."""
+    same = [{"name": name, "num_embeddings": 9, "embedding_dim": 8, "data_type": "fp32"} for name in ("a", "b")]
+    torch.save(state_dict(make_rows(same)), tmp_path / "s.pt")
+    other = {
+        "swapped": (same[::-1], r"features are b, a; a, b as served"),
+        "pooled otherwise": ([same[0] | {"pooling": "mean"}, same[1]], "feature 'a' pools by mean, by sum as served"),
+    }
+    for name, tables in (("served", same), *((name, tables) for name, (tables, _) in other.items())):
+        build_artifact(write_config(tmp_path / "r.yaml", tmp_path / "s.pt", tables), tmp_path / name, workers=1)
+    write_repository(tmp_path / "served", models)
+    (models / SCRIPT / "7").mkdir()
+    for name, (_, problem) in other.items():
+        refuse(tmp_path / name, models, rf"{SCRIPT}/1/artifact: clients of this version would be failed by the artifact: "
+               rf"{problem}; choose another --name")  # fmt: skip
+    [model] = write_repository(tmp_path / "served", models)
+    assert model.version == 8
+    (model.path / "artifact/manifest.json").unlink()
+    (model.path / "artifact/manifest.json").write_text("{}")
+    refuse(
+        tmp_path / "served", models, rf"{SCRIPT}/8/artifact/manifest.json: .*; choose another --name, or mend the model"
+    )
+    for version in ("1", "8"):
+        shutil.rmtree(models / SCRIPT / version)
+    refuse(
+        tmp_path / "served", models, rf"{SCRIPT}: no version of it holds an artifact to compare this one with; choose"
+    )
 
 
 def test_a_model_that_cannot_be_read_is_refused(plain, models):

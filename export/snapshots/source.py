@@ -47,6 +47,7 @@ class Snapshot:
         self._path = path
         self._prefix = config.prefix
         self._index = index
+        self._collections: set[str] = set()  # what stands before the names of the tables that were found
         self._by_end: dict[str, list[str]] = {}
         for name in index.tensors:
             before, bags, after = name.rpartition(_BAGS)
@@ -77,15 +78,17 @@ class Snapshot:
         return TableRows(tensor, self._index.locate(tensor.name))
 
     def parameter(self, name: str, like: torch.Tensor, prefix: str | None) -> torch.Tensor:
-        """The values of a surgery's parameter or buffer, which `prefix` (default: found) and `name` name.
+        """The values of a surgery's parameter or buffer, which `prefix` and `name` name.
 
         Args:
             name: what the module calls it.
             like: of the shape and the type that the module expects.
-            prefix: what stands before; by default `surgery_cut_point` beside the collection of tables.
+            prefix: what stands before; by default `surgery_cut_point` beside the collection of the tables that were found
+                so far, which are all of a release when this is called.
 
         Raises:
-            SnapshotError: it is missing or ambiguous, has another shape or type, or its files are incomplete.
+            SnapshotError: it is not there, or it is not clear where; it has another shape or type, or its files are
+                incomplete.
         """
         tensor = self._find_parameter(name, prefix)
         if (tensor.shape, tensor.dtype) != (tuple(like.shape), like.dtype):
@@ -101,27 +104,31 @@ class Snapshot:
 
     def _find_parameter(self, name: str, prefix: str | None) -> StoredTensor:
         names = self._index.tensors
-        if prefix is None and self._prefix is not None:
-            parent = self._prefix.rstrip(".").rpartition(".")[0]
-            prefix = f"{parent}.{CUT_POINT}" if parent else CUT_POINT
-        if prefix is not None:
-            wanted = f"{prefix.rstrip('.')}.{name}"
-            found = [wanted] if wanted in names else []
-        else:
-            end = f"{CUT_POINT}.{name}"
-            wanted = f"…{end}"
-            found = [candidate for candidate in names if candidate == end or candidate.endswith(f".{end}")]
-        if len(found) > 1:
-            raise SnapshotError(
-                f"{self._path} has {len(found)} candidates for '{name}': {', '.join(found)}; say which with surgery.prefix"
-            )
-        if not found:
+        wanted = f"{self._cut_point(name) if prefix is None else prefix.rstrip('.')}.{name}"
+        if wanted not in names:
             others = [other for other in names if _BAGS not in other]
             near = difflib.get_close_matches(wanted, others, n=10, cutoff=0.0)
             raise SnapshotError(
-                f"{self._path} has no tensor '{wanted}' for '{name}'; beside tables it has: {', '.join(near) or 'nothing'}"
+                f"{self._path} has no tensor '{wanted}' for '{name}'; beside tables it has: {', '.join(near) or 'nothing'}; "
+                "correct the module, or say with surgery.prefix where its parameters are"
             )
-        return names[found[0]]
+        return names[wanted]
+
+    def _cut_point(self, name: str) -> str:
+        """Where all parameters are by default: at the cut point of the model that has the tables, and of no other one."""
+        parents = sorted({collection.rpartition(".")[0] for collection in self._collections})
+        places = [f"{parent}.{CUT_POINT}" if parent else CUT_POINT for parent in parents]
+        if len(places) > 1:  # of several models, one may have a surgery
+            places = [p for p in places if any(tensor.startswith(f"{p}.") for tensor in self._index.tensors)] or places
+        if len(places) == 1:
+            return places[0]
+        problem = (
+            f"is there {len(places)} times: {', '.join(places)}" if places else "is nowhere: no table is read from it"
+        )
+        raise SnapshotError(
+            f"{self._path}: '{name}' is looked for beside the tables, and '{CUT_POINT}' {problem}; "
+            "say with surgery.prefix where the parameters are"
+        )
 
     def _find(self, table: str, stored_name: str) -> StoredTensor:
         end = f"{_BAGS}{stored_name}.weight"
@@ -143,6 +150,7 @@ class Snapshot:
             raise SnapshotError(
                 f"table '{table}': {self._path} has no tensor '{wanted}'; it has: {', '.join(near) or 'no tensor at all'}"
             )
+        self._collections.add(found[0].removesuffix(end).rstrip("."))
         return names[found[0]]
 
 

@@ -42,4 +42,7 @@ class TritonPythonModel:
             pooled = self._artifact.lookup(*map(torch.from_numpy, inputs))
         except InvalidInputError as error:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))
+        except Exception as error:  # a surgery is somebody else's module, and what it raises is of this request alone
+            message = " ".join(str(error).split()) or type(error).__name__
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INTERNAL))
         return pb_utils.InferenceResponse([pb_utils.Tensor("pooled", pooled.numpy())])

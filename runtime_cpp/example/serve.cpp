@@ -180,7 +180,7 @@ std::string spell_float(float number) {
 }
 
 /// Says where an answer is another one than when the artifact was built; nothing where it is the same, bit for bit or,
-/// after a surgery, within the case's tolerance.
+/// after a surgery, within the case's tolerance, where one value that is no number is as right as another.
 std::optional<std::string> describe_difference(const Artifact& artifact, const at::Tensor& pooled,
                                                const at::Tensor& expected, const std::optional<at::Tensor>& tolerance) {
   if (pooled.sizes() != expected.sizes()) return c10::str("shape ", pooled.sizes(), ", expected ", expected.sizes());
@@ -189,7 +189,8 @@ std::optional<std::string> describe_difference(const Artifact& artifact, const a
   const auto* before = expected.const_data_ptr<float>();
   for (std::int64_t i = 0; i < answer.numel(); ++i) {
     if (std::bit_cast<std::uint32_t>(now[i]) == std::bit_cast<std::uint32_t>(before[i])) continue;
-    if (tolerance && std::abs(double{now[i]} - double{before[i]}) <= double{tolerance->const_data_ptr<float>()[i]}) {
+    if (tolerance && ((std::isnan(now[i]) && std::isnan(before[i])) ||
+                      std::abs(double{now[i]} - double{before[i]}) <= double{tolerance->const_data_ptr<float>()[i]})) {
       continue;
     }
     const std::int64_t column = i % answer.size(1);
