@@ -76,7 +76,7 @@ class AtMost(nn.Module):
         return pooled["user"] * 2
 
 
-class Scaled(nn.Module):
+class HalfScaled(nn.Module):
     def forward(self, pooled: Pooled) -> torch.Tensor:
         x = pooled["user"].half()
         return ((x * 1.7 + 0.3) * 1.1 - x * 0.7).float()

@@ -845,9 +845,9 @@ def test_a_narrow_parameter_that_is_widened_costs_nothing_of_the_bound() -> None
 
 def test_a_module_in_float16_is_built_for_onnx(tmp_path: Path) -> None:
     serving = {"graphs": ["torchscript", "onnx"]}
-    config = write_release(tmp_path, {"module": "surgeries:Scaled"}, {}, serving=serving)
+    config = write_release(tmp_path, {"module": "surgeries:HalfScaled"}, {}, serving=serving)
     assert (
-        "surgeries:Scaled as in eager mode" in build_artifact(config, tmp_path / "a", workers=1).manifest.parity.serving
+        "surgeries:HalfScaled as in eager mode" in build_artifact(config, tmp_path / "a", workers=1).manifest.parity.serving
     )
 
 
