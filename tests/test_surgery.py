@@ -847,7 +847,8 @@ def test_a_module_in_float16_is_built_for_onnx(tmp_path: Path) -> None:
     serving = {"graphs": ["torchscript", "onnx"]}
     config = write_release(tmp_path, {"module": "surgeries:HalfScaled"}, {}, serving=serving)
     assert (
-        "surgeries:HalfScaled as in eager mode" in build_artifact(config, tmp_path / "a", workers=1).manifest.parity.serving
+        "surgeries:HalfScaled as in eager mode"
+        in build_artifact(config, tmp_path / "a", workers=1).manifest.parity.serving
     )
 
 
