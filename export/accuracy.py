@@ -18,7 +18,7 @@ import torch
 from export import row_kernels
 from export.config import DEFAULT_BUDGETS, Budget, EmbeddingBagConfig, Pooling, Precision
 from export.errors import GateError
-from export.quantize import SCALE_BIAS_BYTES, levels, quantized, row_format, serving_precision
+from export.quantize import OVERFLOWS, SCALE_BIAS_BYTES, levels, quantized, row_format, serving_precision
 from export.row_kernels import FIRST_HALF_OCTAVE, HALF_OCTAVES
 from runtime_py.manifest import TableAccuracy
 
@@ -27,6 +27,7 @@ __all__ = [
     "Examiner",
     "LookupErrors",
     "ProbeRows",
+    "UnstorableError",
     "block_rows",
     "check_budget",
     "dequantize",
@@ -129,6 +130,10 @@ _ADDED = (
 )
 
 
+class UnstorableError(Exception):
+    """A row has a value that its type cannot hold."""
+
+
 class Examiner:
     """Compares stored rows with what they must be, and adds up how far they are from the trained ones.
 
@@ -145,15 +150,19 @@ class Examiner:
     ) -> None:
         self._table, self._precision = table, precision
         self._outlier_limit, self._counts = outlier_limit, counts
+        self._overflow = np.float32(OVERFLOWS.get(precision, math.inf)).view(np.uint32)  # bits, ordered as magnitudes
         self.sums = ErrorSums()
 
     def examine(self, start: int, trained: torch.Tensor, stored: torch.Tensor, *, measure: bool = True) -> None:
-        """Takes finite trained rows [n, D], the first of them row `start` of the table, and the same rows as stored.
+        """Takes trained rows [n, D], the first of them row `start` of the table, and the same rows as stored.
+
+        Of a quantized type they must be `storable`; of another one that is seen here, in the same pass.
 
         Blocks of `block_rows` are fastest. With `measure` false they are compared, and do not count in the figures.
 
         Raises:
             GateError: naming the first value that is not, bit for bit, what it must be.
+            UnstorableError: a value is NaN, infinite, or would be infinite as it is stored.
         """
         e = _scratch("errors", trained.numel(), np.float32).reshape(trained.shape)
         x = trained.numpy()
@@ -161,7 +170,9 @@ class Examiner:
             x = _scratch("trained", trained.numel(), np.float32).reshape(trained.shape)
             x[:] = trained.numpy()
         peaks = _scratch("peaks", len(x), np.float64) if quantized(self._precision) else None
-        wrong, largest = self._compare(x, stored, e, peaks)
+        wrong, largest, peak = self._compare(x, stored, e, peaks)
+        if peak >= self._overflow:
+            raise UnstorableError
         if wrong >= 0:
             raise GateError(f"table '{self._table}': {self._describe_wrong(x[wrong], stored[wrong], start + wrong)}")
         if measure:
@@ -172,14 +183,19 @@ class Examiner:
 
     def _compare(
         self, x: np.ndarray, stored: torch.Tensor, e: np.ndarray, peaks: np.ndarray | None
-    ) -> tuple[int, np.float32]:
-        """The first row that is stored wrong, or -1, and the largest error; the errors in `e`, row maxima in `peaks`."""
+    ) -> tuple[int, np.float32, np.uint32]:
+        """The first row that is stored wrong, or -1; the largest error; and the bits of the largest value, where that counts.
+
+        The errors are in `e`, row maxima in `peaks`.
+        """
         if peaks is not None:
-            return row_kernels.compare_codes(x, stored.numpy(), row_format(self._precision).bits, e, peaks)
+            bits = row_format(self._precision).bits
+            return *row_kernels.compare_codes(x, stored.numpy(), bits, e, peaks), np.uint32(0)
         if self._precision is Precision.FP16:
             return row_kernels.compare_fp16(x, stored.numpy().view(np.uint16), e)
         e.fill(0.0)
-        return row_kernels.compare_fp32(x.view(np.uint32), stored.numpy().view(np.uint32)), np.float32(0)
+        wrong, peak = row_kernels.compare_fp32(x.view(np.uint32), stored.numpy().view(np.uint32))
+        return wrong, np.float32(0), peak
 
     def _describe_wrong(self, x: np.ndarray, stored: torch.Tensor, row: int) -> str:
         """What the first wrong value of a row is, and what it must be."""

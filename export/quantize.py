@@ -19,6 +19,7 @@ from export.errors import RowsError
 from runtime_py.manifest import ROW_FORMATS, RowFormat, ServingPrecision
 
 __all__ = [
+    "OVERFLOWS",
     "SCALE_BIAS_BYTES",
     "convert_rows",
     "describe_unstorable",
@@ -34,7 +35,7 @@ SCALE_BIAS_BYTES = 4
 
 # The smallest magnitude that rounds to infinity. fp16: halfway between its largest value, 65504, and 2**16 (IEEE 754,
 # round half to even). fp32: infinity itself, since sources are fp32 or fp16.
-_OVERFLOWS = {Precision.FP32: float("inf"), Precision.FP16: 65520.0}
+OVERFLOWS = {Precision.FP32: float("inf"), Precision.FP16: 65520.0}
 _FP16_OVERFLOW = 65520.0
 
 
@@ -68,7 +69,7 @@ def storable(rows: torch.Tensor, precision: Precision) -> bool:
     """Whether every value of `rows` [n, D] is finite and stays finite in `precision`; NaN fails it."""
     low, high = (float(bound) for bound in torch.aminmax(rows))
     if not quantized(precision):
-        limit = _OVERFLOWS[precision]
+        limit = OVERFLOWS[precision]
         return -limit < low and high < limit
     if low >= -65504.0 and high <= 65504.0:  # fp16 holds any bias, and a third of any span
         return True
@@ -140,7 +141,7 @@ def _kinds(rows: torch.Tensor, precision: Precision) -> dict[str, torch.Tensor]:
     values = rows.float()
     kinds = {"NaN": values.isnan(), "infinite": values.isinf()}
     if not quantized(precision):
-        kinds[f"beyond the range of {precision}"] = (values.abs() >= _OVERFLOWS[precision]) & ~values.isinf()
+        kinds[f"beyond the range of {precision}"] = (values.abs() >= OVERFLOWS[precision]) & ~values.isinf()
         return kinds
     finite = values.isfinite().all(1, keepdim=True)
     low = values == torch.amin(values, 1, keepdim=True)

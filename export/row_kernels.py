@@ -102,37 +102,42 @@ def fp16_of(x: np.float32) -> np.float32:
 
 
 @_compiled
-def compare_fp32(x: np.ndarray, stored: np.ndarray) -> int:
-    """The first row of `stored` that differs from `x`, both uint32 [n, D], or -1."""
+def compare_fp32(x: np.ndarray, stored: np.ndarray) -> tuple[int, np.uint32]:
+    """The first row of `stored` that differs from `x`, both uint32 [n, D], or -1; and the peak, as of `compare_fp16`."""
+    peak = np.uint32(0)
     for row in range(x.shape[0]):
         wrong = np.uint32(0)
         for column in range(x.shape[1]):
             wrong |= np.uint32(x[row, column] ^ stored[row, column])
+            peak = max(peak, np.uint32(x[row, column] & np.uint32(0x7FFFFFFF)))
         if wrong:
-            return row
-    return -1
+            return row, peak
+    return -1, peak
 
 
 @_compiled
-def compare_fp16(x: np.ndarray, stored: np.ndarray, e: np.ndarray) -> tuple[int, np.float32]:
+def compare_fp16(x: np.ndarray, stored: np.ndarray, e: np.ndarray) -> tuple[int, np.float32, np.uint32]:
     """Compares `stored`, uint16 [n, D], with float32 `x` [n, D] rounded; writes the errors into `e` [n, D].
 
     Returns:
-        the first row with a value that is not, bit for bit, the rounded one, or -1; and the largest magnitude of an error.
+        the first row with a value that is not, bit for bit, the rounded one, or -1; the largest magnitude of an error; and
+        the peak: the largest magnitude of a value of `x` up to that row, as bits. NaN is larger than infinity there.
     """
-    largest = np.uint32(0)
+    largest = peak = np.uint32(0)
     for row in range(x.shape[0]):
         wrong = np.uint32(0)
         for column in range(x.shape[1]):
+            value = x[row, column]
             bits = _widen_fp16(stored[row, column])
-            wrong |= np.uint32(_round_to_fp16(x[row, column]) ^ bits)
-            error = np.float32(np.uint32(bits).view(np.float32) - x[row, column])
+            wrong |= np.uint32(_round_to_fp16(value) ^ bits)
+            error = np.float32(np.uint32(bits).view(np.float32) - value)
             e[row, column] = error
             # Magnitudes are ordered as their bits are, and integers have a vector instruction for it.
             largest = max(largest, np.uint32(np.float32(error).view(np.uint32) & np.uint32(0x7FFFFFFF)))
+            peak = max(peak, np.uint32(np.float32(value).view(np.uint32) & np.uint32(0x7FFFFFFF)))
         if wrong:
-            return row, np.float32(0)
-    return -1, np.uint32(largest).view(np.float32)
+            return row, np.float32(0), peak
+    return -1, np.uint32(largest).view(np.float32), peak
 
 
 @_compiled

