@@ -313,7 +313,7 @@ def compare_written(path: Path, plan: WeightPlan, written: WrittenWeights, worke
     def compare(piece: Piece) -> None:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            found = b"".join(xxhash.xxh3_128_digest(chunk) for chunk in _read_chunks(fd, piece))
+            found = b"".join(_checksum(chunk) for chunk in _read_chunks(fd, piece))
         finally:
             os.close(fd)
         if found != written.checksums[piece.key]:
@@ -450,7 +450,7 @@ def _write_piece(fd: int, piece: Piece) -> PieceResult:
             watch.lap("examine")
         data = tensor_bytes(stored)
         # Before SHA-256: what changes in memory from here on is found in the file by one or the other.
-        checksums.append(xxhash.xxh3_128_digest(data))
+        checksums.append(_checksum(data))
         digests.append(hashlib.sha256(data).digest())
         watch.lap("digest")
         _write_at(fd, data, piece.position + start * table.row_bytes)
@@ -497,6 +497,13 @@ def _read_chunks(fd: int, piece: Piece) -> Iterator[memoryview]:
                 break
             filled += count
         yield chunk[:filled]
+
+
+def _checksum(data: memoryview) -> bytes:
+    """XXH3 with 128 bits, by the object: the function of one call holds the interpreter's lock meanwhile."""
+    hasher = xxhash.xxh3_128()
+    hasher.update(data)
+    return bytes(hasher.digest())
 
 
 def _write_at(fd: int, data: memoryview, position: int) -> None:
