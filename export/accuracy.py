@@ -131,7 +131,11 @@ _ADDED = (
 
 
 class UnstorableError(Exception):
-    """A row has a value that its type cannot hold."""
+    """A row of `table` has a value that its type cannot hold."""
+
+    def __init__(self, table: str) -> None:
+        super().__init__(table)
+        self.table = table
 
 
 class Examiner:
@@ -172,7 +176,7 @@ class Examiner:
         peaks = _scratch("peaks", len(x), np.float64) if quantized(self._precision) else None
         wrong, largest, peak = self._compare(x, stored, e, peaks)
         if peak >= self._overflow:
-            raise UnstorableError
+            raise UnstorableError(self._table)
         if wrong >= 0:
             raise GateError(f"table '{self._table}': {self._describe_wrong(x[wrong], stored[wrong], start + wrong)}")
         if measure:

@@ -291,9 +291,9 @@ def write_pieces(
 
     try:
         yield from zip(pieces, map_ordered(run, pieces, workers), strict=True)
-    except _UnstorableError as error:
+    except UnstorableError as error:
         # Counted here and not by a worker, so that it is done once and a signal can stop it.
-        table = error.table
+        table = next(piece.table for piece in pieces if piece.table.name == error.table)
         chunks = table.rows.chunks(range(0, table.num_embeddings, chunk_rows(table.row_bytes)))
         raise describe_unstorable(table.name, chunks, table.precision) from None
     finally:
@@ -398,14 +398,6 @@ def _join_probes(table: PlannedTable, results: Sequence[PieceResult]) -> ProbeRo
     return ProbeRows(table.probe_ids, trained, stored)
 
 
-class _UnstorableError(Exception):
-    """A chunk has a value that its precision cannot hold."""
-
-    def __init__(self, table: PlannedTable) -> None:
-        super().__init__(table.name)
-        self.table = table
-
-
 class _Stopwatch:
     """Seconds by stage: `lap` adds what has passed since the last one."""
 
@@ -439,14 +431,11 @@ def _write_piece(fd: int, piece: Piece) -> PieceResult:
             measure = (start + first) // block % piece.sample == 0
             few, few_stored = trained[first:last], stored[first:last]
             if quantized(table.precision) and not storable(few, table.precision):
-                raise _UnstorableError(table)
+                raise UnstorableError(table.name)
             watch.lap("check")
             convert_rows(few, few_stored, table.precision)
             watch.lap("convert")
-            try:
-                examiner.examine(start + first, few, few_stored, measure=measure)
-            except UnstorableError:
-                raise _UnstorableError(table) from None
+            examiner.examine(start + first, few, few_stored, measure=measure)
             watch.lap("examine")
         data = tensor_bytes(stored)
         # Before SHA-256: what changes in memory from here on is found in the file by one or the other.
