@@ -125,7 +125,7 @@ class Artifact:
         if not isinstance(graph, torch.jit.ScriptModule):
             raise UnsupportedError(f"a graph of {self.backend} does not show what it pools; use torchscript")
         checked = self._checker.check(values, lengths, per_sample_weights)
-        pooled: torch.Tensor = graph.pool(torch.from_numpy(checked.values), checked.lengths, checked.weights)
+        pooled: torch.Tensor = graph.pool(checked.values, checked.lengths, checked.weights)
         return pooled
 
     def lookup_entities(

@@ -1,9 +1,7 @@
 """The checks that stand between a request and the rows: each id is touched once, and every refusal says where.
 
-Validation must not cost what the lookup costs. One pass copies the ids, one takes the largest of each feature, as
-unsigned numbers so that a negative id is a large one; lengths are added up as unsigned numbers, so that sums that end in
-the number of ids have no negative part. What is looked up later are these copies: nobody can change an id, or a length,
-between its check and its use. Only a request that fails is looked at more closely.
+Validation must not cost what the lookup costs: lengths are added up in one pass, ids copied and checked in another
+(`jagged.py`), and what is looked up later are these copies. Only a request that fails is looked at more closely.
 
 N ids, F features, B bags a feature.
 """
@@ -18,6 +16,7 @@ import torch
 
 from runtime_py.convert import as_floats, as_integers
 from runtime_py.errors import InvalidInputError
+from runtime_py.jagged import Limits, add_lengths
 from runtime_py.manifest import Manifest, Table
 
 __all__ = ["ZERO", "Checked", "InvalidIds", "RequestChecker", "check_lengths", "count_ids", "describe", "parse_policy"]
@@ -28,17 +27,19 @@ InvalidIds = str
 ZERO = -1  # FBGEMM's mark for a row that is not there: a zero vector
 _ROW = re.compile(r"row:(0|[1-9][0-9]{0,18})")
 _NONE: Mapping[str, int] = MappingProxyType({})  # all answers share it
-_INT64, _UINT32, _UINT64 = np.dtype(np.int64), np.dtype(np.uint32), np.dtype(np.uint64)  # a type costs 0.1 us more
+# Named here, as each dot costs a request a look into a dictionary that the lookup before has put out of the caches.
+_TENSOR, _STRIDED, _INT32, _INT64 = torch.Tensor, torch.strided, torch.int32, torch.int64
+_UINT64 = np.dtype(np.uint64)
 
 
 class Checked(NamedTuple):
-    """A request that may be looked up: private copies, `offsets` int64 [F * B + 1], and the ids replaced, by feature.
+    """A request that may be looked up: private copies of the ids, int64 [N], and how many were replaced, by feature.
 
-    `lengths` are the caller's, int32, for graphs that measure bags themselves.
+    `offsets` are int64 [F * B + 1]. `lengths` are the caller's, int32, for graphs that measure bags themselves.
     """
 
-    values: np.ndarray
-    offsets: np.ndarray
+    values: torch.Tensor
+    offsets: torch.Tensor
     lengths: torch.Tensor
     weights: torch.Tensor | None
     replaced: Mapping[str, int]
@@ -84,7 +85,7 @@ class RequestChecker:
         self._replacement = parse_policy("invalid_ids", invalid_ids, manifest.tables)
         self._count = len(self.features)
         rows = [manifest.table[feature.table].num_embeddings for feature in manifest.features]
-        self._last = np.array(rows, np.uint64) - np.uint64(1)
+        self.limits = Limits(torch.tensor(rows, dtype=torch.int64, device="cpu") - 1)
 
     @property
     def refuses_ids(self) -> bool:
@@ -93,88 +94,67 @@ class RequestChecker:
 
     def measure(
         self, values: Any, lengths: Any, weights: Any
-    ) -> tuple[np.ndarray, np.ndarray, torch.Tensor, torch.Tensor | None]:
-        """Checks all but the ids: values as an array, the offsets [F * B + 1], lengths int32, weights float32.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Checks all but the ids: values int64 [N], the offsets [F * B + 1], lengths int32, weights float32, all contiguous.
 
         Raises:
             InvalidInputError: naming feature, position, value and what is allowed.
         """
-        if type(values) is not torch.Tensor or values.dtype is not torch.int64 or not _is_plain(values):
-            values = as_integers("values", values)
-        # Once: it keeps the memory and has a size of its own, whatever becomes of the caller's tensor from here on.
-        array = values.numpy()
-        count = array.size
-        if type(lengths) is not torch.Tensor or lengths.dtype is not torch.int32 or not _is_plain(lengths):
-            lengths = as_integers("lengths", lengths)
-            if lengths.dtype is not torch.int32:
-                lengths = self._narrow(lengths, count)
+        if type(values) is not _TENSOR or values.dtype is not _INT64 or not _is_plain(values):
+            values = as_integers("values", values).to(torch.int64).contiguous()
+        if type(lengths) is not _TENSOR or lengths.dtype is not _INT32 or not _is_plain(lengths):
+            lengths = self._narrow(as_integers("lengths", lengths), values).contiguous()
         if weights is not None or self.weighted:
-            weights = self._check_weights(weights, count)
+            weights = self._check_weights(weights, values.numel())
+        count = values.numel()  # now: what turns weights into a tensor may be anybody's code
         if count >= 2**31:  # the graphs' offsets are int32, as the lengths are
             raise InvalidInputError(f"values: {count} ids; a request has fewer than 2**31")
-        sizes = lengths.numpy()
-        offsets = np.empty(sizes.size + 1, _INT64)
-        offsets[0] = 0
-        np.add.accumulate(sizes.view(_UINT32), out=offsets[1:], dtype=_INT64)
-        if sizes.size % self._count or offsets[-1] != count:
+        bags = lengths.numel()
+        offsets = values.new_empty(bags + 1)
+        if add_lengths(lengths, offsets) != count or bags % self._count:
             self._refuse_lengths(lengths, count)
-        return array, offsets, lengths, weights
+        return values, offsets, lengths, weights
 
     def check(self, values: Any, lengths: Any, weights: Any) -> Checked:
-        """Checks a request in the raw signature on a copy of its ids.
+        """Checks a request in the raw signature, and copies its ids.
 
         Raises:
             InvalidInputError: naming feature, position, value and what is allowed.
         """
-        array, offsets, lengths, weights = self.measure(values, lengths, weights)
-        ids = np.zeros(array.size + 1, _INT64)
-        ids[:-1] = array
-        return self.check_ids(ids, offsets, lengths, weights)
+        return self.check_measured(*self.measure(values, lengths, weights))
 
-    def check_ids(
-        self, ids: np.ndarray, offsets: np.ndarray, lengths: torch.Tensor, weights: torch.Tensor | None
+    def check_measured(
+        self, values: torch.Tensor, offsets: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None
     ) -> Checked:
-        """Checks the ids of a measured request, and replaces those outside their table.
+        """As `check`, with what `measure` has returned."""
+        ids = values.new_empty(values.numel())
+        if self.limits.copy_ids(values, offsets, ids):
+            return Checked(ids, offsets, lengths, weights, _NONE)
+        return self._replace(ids, offsets, lengths, weights)
 
-        Args:
-            ids: [N + 1], of which nobody else has a view; the last one is 0, the start of a last feature without ids.
-            offsets: as `measure` gives them, as well as what follows.
-            lengths: of the bags.
-            weights: of the ids.
-
-        Raises:
-            InvalidInputError: some ids are outside, and they are an error.
-        """
-        bags = (offsets.size - 1) // self._count
-        if bags and not self.inside(ids, offsets[:-1:bags]):
-            return self._replace(ids[:-1], offsets, lengths, weights)
-        return Checked(ids[:-1], offsets, lengths, weights, _NONE)
-
-    def inside(self, ids: np.ndarray, starts: np.ndarray) -> bool:
-        """Whether every id is in its table; `ids` [N + 1] end in a zero, `starts` [F] may be N. False where one may not be.
-
-        (Of a feature without ids it sees the first id of another.)
-        """
-        outside = np.maximum.reduceat(ids.view(_UINT64), starts) > self._last
-        return not outside[outside.argmax()]
+    def check_own(
+        self, ids: torch.Tensor, offsets: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None
+    ) -> Checked:
+        """As `check_measured`, with `ids` [N] that nobody else has a view of: they need no copy."""
+        if self.limits.has(ids, offsets):
+            return Checked(ids, offsets, lengths, weights, _NONE)
+        return self._replace(ids, offsets, lengths, weights)
 
     def _replace(
-        self, ids: np.ndarray, offsets: np.ndarray, lengths: torch.Tensor, weights: torch.Tensor | None
+        self, ids: torch.Tensor, offsets: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None
     ) -> Checked:
-        bags = (offsets.size - 1) // self._count
-        starts = offsets[:-1:bags]
-        outside = ids.view(_UINT64) > np.repeat(self._last, np.diff(offsets[::bags]))
-        if not outside.any():
-            return Checked(ids, offsets, lengths, weights, _NONE)
+        ends = offsets.numpy()
+        bags = (ends.size - 1) // self._count
+        array, last = ids.numpy(), self.limits.last.numpy()
+        outside = array.view(_UINT64) > np.repeat(last.view(_UINT64), np.diff(ends[::bags]))  # -1 is a large one
         if self._replacement is None:
-            last = self._last
 
             def tell(feature: int, position: int) -> str:
-                return f"id {ids[position]} is outside [0, {last[feature]}]"
+                return f"id {array[position]} is outside [0, {last[feature]}]"
 
-            raise InvalidInputError(describe(self.features, offsets, outside, tell))
-        ids[outside] = self._replacement
-        return Checked(ids, offsets, lengths, weights, count_ids(self.features, outside, starts))
+            raise InvalidInputError(describe(self.features, ends, outside, tell))
+        array[outside] = self._replacement
+        return Checked(ids, offsets, lengths, weights, count_ids(self.features, outside, ends[:-1:bags]))
 
     def _check_weights(self, weights: Any, count: int) -> torch.Tensor | None:
         if (weights is not None) != bool(self.weighted):
@@ -182,11 +162,11 @@ class RequestChecker:
             raise InvalidInputError(f"per_sample_weights: {takes} per-sample weights")
         return as_floats("per_sample_weights", weights, count)
 
-    def _narrow(self, lengths: torch.Tensor, count: int) -> torch.Tensor:
-        """Lengths of int64 as int32, where they fit."""
+    def _narrow(self, lengths: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Lengths as int32, where they fit."""
         narrow = lengths.to(torch.int32)
-        if not torch.equal(narrow, lengths):
-            self._refuse_lengths(lengths, count)
+        if narrow is not lengths and not torch.equal(narrow, lengths):
+            self._refuse_lengths(lengths, values.numel())
         return narrow
 
     def _refuse_lengths(self, lengths: torch.Tensor, count: int) -> NoReturn:
@@ -201,7 +181,14 @@ class RequestChecker:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    return tensor.dim() == 1 and tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_neg()
+    """Whether what `data_ptr` points to is what a flat tensor on the CPU holds, element by element."""
+    return (
+        tensor.is_cpu
+        and tensor.layout is _STRIDED
+        and tensor.dim() == 1
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+    )
 
 
 def check_lengths(features: Sequence[str], lengths: torch.Tensor, count: int) -> torch.Tensor:

@@ -248,4 +248,4 @@ class DeviceArtifact(Artifact):
 
 
 def _as_request(checked: Checked) -> Request:
-    return Request(torch.from_numpy(checked.values), checked.lengths, checked.weights)
+    return Request(checked.values, checked.lengths, checked.weights)

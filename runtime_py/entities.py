@@ -70,7 +70,8 @@ class EntityReader:
             request = self._reader.read({**by_name, **rows}, extra_features)
         else:
             request = self._reader.read(features, extra_features)
-        values, offsets, lengths, weights = self._checker.measure(*request)
+        given, offsets_of_bags, lengths, weights = self._checker.measure(*request)
+        values, offsets = given.numpy(), offsets_of_bags.numpy()
         ids, unknown = self._find(values, offsets, set(names))
         counts: dict[str, int] = {}
         if unknown.any():
@@ -78,12 +79,10 @@ class EntityReader:
                 raise InvalidInputError(self._describe(values, offsets, unknown))
             bags = (offsets.size - 1) // len(self._tables)
             counts = count_ids(self._reader.features, unknown, offsets[:-1:bags])
-            ids[:-1][unknown] = max(
-                replacement, 0
-            )  # any row that each table has, as the others are still to be checked
-        checked = self._checker.check_ids(ids, offsets, lengths, weights)
+            ids[unknown] = max(replacement, 0)  # any row that each table has, as the others are still to be checked
+        checked = self._checker.check_own(torch.from_numpy(ids), offsets_of_bags, lengths, weights)
         if counts:
-            checked.values[unknown] = replacement
+            ids[unknown] = replacement  # of `checked`, too
         return Translated(checked, counts)
 
     def _parse(self, unknown_ids: str) -> int | None:
@@ -92,9 +91,8 @@ class EntityReader:
         return self._replacements[unknown_ids]
 
     def _find(self, values: np.ndarray, offsets: np.ndarray, entities: set[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Rows [N + 1], the last one 0, and which of the N are of entities that are unknown."""
-        ids = np.empty(values.size + 1, np.int64)
-        ids[-1] = 0
+        """Rows [N], and which of them are of entities that are unknown."""
+        ids = np.empty(values.size, np.int64)
         unknown = np.zeros(values.size, np.bool_)
         bags = (offsets.size - 1) // len(self._tables)
         edges = offsets[::bags].tolist() if bags else [0] * (len(self._tables) + 1)

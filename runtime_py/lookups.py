@@ -4,16 +4,14 @@ Bags are independent, so that a request may be cut between any two examples; eve
 by one thread, and its rows of the result lie side by side. Pieces have about the same number of ids each.
 """
 
-import threading
 from collections.abc import Callable, Mapping
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 
 from runtime_py.checks import Checked, RequestChecker
 from runtime_py.errors import InvalidInputError
+from runtime_py.jagged import Piece, plan_pieces
 from runtime_py.manifest import Manifest
 from runtime_py.team import Team
 
@@ -21,33 +19,10 @@ __all__ = ["Lookups"]
 
 # A request is split where both are reached: below, handing over costs more than a second core gains.
 SPLIT_IDS = 8192
-SPLIT_BYTES = 4 * 2**20  # of rows
+SPLIT_BYTES = 2 * 2**20  # of rows
+_AHEAD_BYTES = 3 * 2**18  # of rows that the caller looks up before a thread that slept has begun
 _PIECE_IDS = 65536  # where there is more than one piece for a thread; a busy core holds others up for one piece
-_SCRATCH_IDS = 2**20  # at most, 8 MiB a thread
-_INT64 = np.dtype(np.int64)
 Graph = Callable[..., torch.Tensor]
-
-
-class _Scratch(threading.local):
-    """Room for ids, kept by each thread: new memory of that size can cost a page fault for every 4 KiB.
-
-    Taken and given back, so that a signal handler that looks something up in between has room of its own.
-    """
-
-    def __init__(self) -> None:
-        self._room: np.ndarray | None = None
-
-    def take(self, count: int) -> np.ndarray:
-        """int64 of at least `count`."""
-        room, self._room = self._room, None
-        if room is None or count > room.size:
-            return np.empty(1 << count.bit_length(), _INT64)
-        return room
-
-    def give(self, room: np.ndarray) -> None:
-        """Keeps it for the next one, unless it is large."""
-        if room.size <= _SCRATCH_IDS:
-            self._room = room
 
 
 class Lookups:
@@ -61,7 +36,7 @@ class Lookups:
         self.team = team
         self._features = len(checker.features)
         self._row_bytes = sum(manifest.table[feature.table].row_bytes for feature in manifest.features) / self._features
-        self._scratch = _Scratch()
+        self._ahead = int(_AHEAD_BYTES / self._row_bytes)
         self._lookup_checked: Graph | None = getattr(graph, "lookup_checked", None)
 
     def look_up(
@@ -77,111 +52,78 @@ class Lookups:
         Raises:
             InvalidInputError: naming feature, position, value and what is allowed.
         """
-        array, offsets, lengths, weights = self.checker.measure(values, lengths, weights)
-        if self.team is not None and self._is_large(array.size):
-            request = Checked(array, offsets, lengths, weights, {})
+        values, offsets, lengths, weights = self.checker.measure(values, lengths, weights)
+        if self.team is not None and self._is_large(values.numel()):
+            request = Checked(values, offsets, lengths, weights, {})
             pooled = self._run_pieces(self.team, request, out, check=True)
             if pooled is not None:
                 return pooled, request.replaced
-        count = array.size
-        room = self._scratch.take(count + 1)
-        ids = room[: count + 1]
-        ids[count] = 0  # see `check_ids`
-        ids[:count] = array
-        checked = self.checker.check_ids(ids, offsets, lengths, weights)
-        pooled = self.run(checked, out)
-        self._scratch.give(room)
-        return pooled, checked.replaced
+        checked = self.checker.check_measured(values, offsets, lengths, weights)
+        return self.run(checked, out), checked.replaced
 
     def run(self, checked: Checked, out: torch.Tensor | None) -> torch.Tensor:
         """Looks up a checked request."""
-        if self.team is not None and self._is_large(checked.values.size):
+        values, offsets, lengths, weights, _ = checked
+        if self.team is not None and self._is_large(values.numel()):
             pooled = self._run_pieces(self.team, checked, out, check=False)
             if pooled is not None:  # always: nothing is checked
                 return pooled
-        if out is not None:
-            self._check_out(out, (checked.offsets.size - 1) // self._features)
-        pooled = self._call(checked.values, checked.offsets, checked.lengths, checked.weights)
-        return pooled if out is None else out.copy_(pooled)
+        if out is None:
+            return self._call(values, offsets, lengths, weights)
+        self._check_out(out, (offsets.numel() - 1) // self._features)
+        return out.copy_(self._call(values, offsets, lengths, weights))
 
     def _is_large(self, count: int) -> bool:
         return count >= SPLIT_IDS and count * self._row_bytes >= SPLIT_BYTES
 
     def _call(
-        self, ids: np.ndarray, offsets: np.ndarray, lengths: torch.Tensor, weights: torch.Tensor | None
+        self, values: torch.Tensor, offsets: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None
     ) -> torch.Tensor:
-        values = torch.from_numpy(ids)
         if self._lookup_checked is None:
             return self.graph(values, lengths) if weights is None else self.graph(values, lengths, weights)
         if weights is None:
-            return self._lookup_checked(values, torch.from_numpy(offsets))
-        return self._lookup_checked(values, torch.from_numpy(offsets), weights)
+            return self._lookup_checked(values, offsets)
+        return self._lookup_checked(values, offsets, weights)
 
     def _run_pieces(
         self, team: Team, request: Checked, out: torch.Tensor | None, *, check: bool
     ) -> torch.Tensor | None:
-        """None where `check` is asked, and ids may be outside."""
-        count, offsets = self._features, request.offsets
-        bags = (offsets.size - 1) // count
+        """None where `check` is asked, and some ids are outside."""
+        values, offsets, lengths, weights, _ = request
+        features, count = self._features, values.numel()
+        bags = (offsets.numel() - 1) // features
         if out is not None:
             self._check_out(out, bags)
         if out is None or _overlaps(out, request):  # a piece must not write what another still reads
             pooled = torch.empty(bags, self.width, dtype=torch.float32, device="cpu")
         else:
             pooled = out
-        outside: list[int] = []
-        inference = torch.is_inference_mode_enabled()  # a mode is its thread's, and `out` may be a tensor of it
+        outside: list[Piece] = []
 
-        def run_piece(piece: tuple[int, int]) -> None:
-            first, end = piece
-            room, ids, cut, starts, weights = self._cut(request, bags, first, end)
-            if check and not self.checker.inside(ids, starts):
-                outside.append(first)
-            elif not outside:
-                lengths = request.lengths
-                if self._lookup_checked is None:
-                    lengths = lengths.view(count, bags)[:, first:end].reshape(-1)
-                with torch.inference_mode(inference):
-                    pooled[first:end].copy_(self._call(ids[:-1], cut, lengths, weights))
-            self._scratch.give(room)
+        def run_piece(piece: Piece) -> None:
+            if outside:
+                return
+            first, end, _ = piece
+            cut = self.checker.limits.cut_piece(values, offsets, weights, piece)
+            if check and not cut.inside:
+                outside.append(piece)
+                return
+            of_bags = lengths
+            if self._lookup_checked is None:
+                of_bags = lengths.view(features, bags)[:, first:end].reshape(-1)
+            pooled[first:end].copy_(self._call(cut.values, cut.offsets, of_bags, cut.weights))
 
-        team.run(run_piece, self._choose_pieces(team, offsets, bags))
+        def run_piece_in_inference_mode(piece: Piece) -> None:
+            with torch.inference_mode():
+                run_piece(piece)
+
+        # A mode is its thread's, and `pooled` may be a tensor of it.
+        run = run_piece_in_inference_mode if torch.is_inference_mode_enabled() else run_piece
+        number = team.threads * max(1, count // (_PIECE_IDS * team.threads))
+        team.run(run, plan_pieces(offsets, features, number, self._ahead))
         if outside:
             return None
         return pooled if out is None or pooled is out else out.copy_(pooled)
-
-    def _choose_pieces(self, team: Team, offsets: np.ndarray, bags: int) -> list[tuple[int, int]]:
-        """Ranges of bags with about the same work: a bag of a feature counts as an id, too, since its result is written."""
-        ids = int(offsets[-1])
-        pieces = team.threads * max(1, ids // (_PIECE_IDS * team.threads))
-        by_feature = offsets[:-1].reshape(self._features, bags)
-        work = (by_feature - by_feature[:, :1]).sum(0) + np.arange(bags) * self._features
-        total = ids + bags * self._features
-        cuts = np.searchsorted(work, np.arange(1, pieces) * (total / pieces)).tolist()
-        edges = sorted({0, *cuts, bags})
-        return list(pairwise(edges))
-
-    def _cut(
-        self, request: Checked, bags: int, first: int, end: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, torch.Tensor | None]:
-        """Bags from `first` to before `end` of every feature: room, and in it ids and a zero; offsets, starts, weights."""
-        count, offsets = self._features, request.offsets
-        starts, ends = offsets[first::bags][:count], offsets[end::bags][:count]
-        moved = np.zeros(count + 1, np.int64)
-        np.cumsum(ends - starts, out=moved[1:])
-        ranges = list(zip(starts.tolist(), ends.tolist(), strict=True))
-        room = self._scratch.take(int(moved[-1]) + 1)
-        ids = room[: moved[-1] + 1]
-        ids[-1] = 0
-        np.concatenate([request.values[start:stop] for start, stop in ranges], out=ids[:-1])
-        cut = np.empty(count * (end - first) + 1, np.int64)
-        cut[-1] = moved[-1]
-        by_feature = offsets[:-1].reshape(count, bags)[:, first:end]
-        np.subtract(by_feature, (starts - moved[:-1])[:, None], out=cut[:-1].reshape(count, end - first))
-        weights = request.weights
-        if weights is not None:
-            weights = torch.cat([weights[start:stop] for start, stop in ranges])
-        return room, ids, cut, moved[:-1], weights
 
     def _check_out(self, out: torch.Tensor, bags: int) -> None:
         if not isinstance(out, torch.Tensor) or out.dtype is not torch.float32 or out.device.type != "cpu":
@@ -211,6 +153,15 @@ def _has_memory_for_each(out: torch.Tensor) -> bool:
 
 def _overlaps(out: torch.Tensor, request: Checked) -> bool:
     """Whether the two may have memory in common."""
-    answer = out.detach().numpy()
-    parts = [request.values, request.lengths.numpy(), *([] if request.weights is None else [request.weights.numpy()])]
-    return any(np.may_share_memory(answer, part) for part in parts)
+    start, end = _span(out)
+    parts = [request.values, request.lengths, *([] if request.weights is None else [request.weights])]
+    return any(start < part_end and part_start < end for part_start, part_end in map(_span, parts))
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """The addresses between which the elements lie, whatever lies between them."""
+    start = tensor.data_ptr()
+    if not tensor.numel():
+        return start, start
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.element_size()

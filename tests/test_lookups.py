@@ -123,33 +123,6 @@ def test_pieces_are_looked_up_under_the_inference_mode_of_their_caller(
         assert not three.lookup(values, lengths).is_inference()
 
 
-@given(lengths=st.lists(st.integers(0, 12), max_size=40), pieces=st.integers(1, 9))
-@settings(deadline=None, max_examples=200)
-def test_pieces_cover_every_bag_once_and_none_is_empty(one: Artifact, lengths: list[int], pieces: int) -> None:
-    bags = len(lengths)
-    offsets = np.concatenate([[0], np.cumsum(lengths * 5)]).astype(np.int64)
-    if not bags:
-        return
-
-    class Threads:
-        threads = pieces
-
-    edges = one._lookups._choose_pieces(Threads(), offsets, bags)  # type: ignore[arg-type]
-    assert [bag for first, end in edges for bag in range(first, end)] == list(range(bags))
-    assert all(first < end for first, end in edges)
-    assert len(edges) <= pieces
-
-
-def test_pieces_have_about_the_same_number_of_ids(three: Artifact) -> None:
-    """However unequal the bags are: here the last ones hold nearly all."""
-    lengths = np.concatenate([np.zeros(90_000, np.int64), np.full(3000, 30)])
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate([lengths] * 5))])
-    edges = three._lookups._choose_pieces(three._lookups.team, offsets, lengths.size)  # type: ignore[arg-type]
-    work = [int((lengths[first:end] + 1).sum()) for first, end in edges]
-    assert len(edges) >= 3
-    assert max(work) < 1.05 * min(work)
-
-
 def test_a_large_request_is_looked_up_by_several_threads(three: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 

@@ -2,15 +2,20 @@
 """Time of a lookup beside its peers: what the checks cost, what a second core gains, and what a start costs.
 
 Every round runs each contender four times, one after the other, so that all see the same machine, and keeps the last
-three; the figures are medians, and all outputs are compared. No two runs in a row have the same request, as in a server: one
-request again and again would find its rows in the core's cache. Where the kernel let a thread of ours wait for a core for
-more than 2 % of that time, the round is left out, and counted: on a busy machine it would measure the others. `bare
-operator` is FBGEMM's lookup called from Python with its offsets given, `bare TorchScript` the artifact's graph with the
-checks that it makes itself. torchrec's quantized module is traced by torchrec.fx and scripted, over the same rows,
+three; the figures are medians, and all outputs are compared. No two runs in a row have the same request, as in a server:
+one request again and again would find its rows in the core's cache. Its ids have just been written, as a server has just
+parsed them. Where the kernel let a thread of ours wait for a core for more than 2 % of that time, the round is left out,
+and counted: on a busy machine it would measure the others. Threads that share a request are bound to a core each, as some
+kernels keep both on one for milliseconds to leave the other asleep. Artifacts are built in a process of their own: what a
+build leaves to malloc made it fetch every large result anew.
+
+`bare operator` is FBGEMM's lookup called from Python with its offsets given, `bare TorchScript` the artifact's graph with
+the checks that it makes itself. torchrec's quantized module is traced by torchrec.fx and scripted, over the same rows,
 without any check; it takes tensors and gives one.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import multiprocessing
@@ -18,11 +23,13 @@ import os
 import platform
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torchrec import EmbeddingBagConfig
@@ -37,7 +44,9 @@ from runtime_py.aot_inductor import make_constants
 
 DIM = 64
 WARM_UP = 20
-Run = Callable[[int], torch.Tensor]  # of a request by its number
+Inputs = tuple[Any, ...]
+Run = Callable[..., torch.Tensor]  # of the inputs that a contender takes
+Contender = tuple[Run, Callable[[torch.Tensor], Inputs]]  # and how they are made of a request's values
 ROWS_BYTES = 192 << 20  # that all requests of a comparison read together: several times a cache
 
 
@@ -159,29 +168,31 @@ class Waiting:
             os.close(file)
 
 
-def measure(runs: dict[str, Run], requests: int, seconds: float) -> dict[str, float]:
+def measure(contenders: dict[str, Contender], requests: list[torch.Tensor], seconds: float) -> dict[str, float]:
     """Median microseconds of each, of the rounds in which all had their cores; prints how many there were."""
     for number in range(WARM_UP):
-        outputs = {name: run(number % requests).clone() for name, run in runs.items()}
+        values = requests[number % len(requests)]
+        outputs = {name: run(*prepare(values.clone())).clone() for name, (run, prepare) in contenders.items()}
         first = next(iter(outputs.values()))
         for name, output in outputs.items():
             if not torch.equal(output, first):
                 raise SystemExit(f"'{name}' gives another result")
     del outputs, first
-    turn = itertools.cycle(range(requests))
+    turn = itertools.cycle(requests)
     waiting = Waiting()
     kept: list[dict[str, list[int]]] = []
     rounds: list[dict[str, list[int]]] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
-        times: dict[str, list[int]] = {name: [] for name in runs}
+        times: dict[str, list[int]] = {name: [] for name in contenders}
         fine = True
-        for name, run in runs.items():
-            run(next(turn))
+        for name, (run, prepare) in contenders.items():
+            run(*prepare(next(turn).clone()))
             waited = waiting.read_ns()
-            for number in itertools.islice(turn, 3):
+            for values in itertools.islice(turn, 3):
+                inputs = prepare(values.clone())
                 start = time.perf_counter_ns()
-                run(number)
+                run(*inputs)
                 times[name].append(time.perf_counter_ns() - start)
             fine &= waiting.read_ns() - waited <= 0.02 * sum(times[name]) + 2000
         rounds.append(times)
@@ -191,7 +202,7 @@ def measure(runs: dict[str, Run], requests: int, seconds: float) -> dict[str, fl
     few = len(kept) < 5
     print(f"  {len(kept)} of {len(rounds)} rounds had their cores" + ("; too few: of all rounds" if few else ""))
     medians = {}
-    for name in runs:
+    for name in contenders:
         medians[name] = statistics.median(took for times in (rounds if few else kept) for took in times[name]) / 1000
         print(f"  {name:34}{medians[name]:12.1f} us")
     return medians
@@ -210,17 +221,28 @@ def compare_overhead(path: Path, seconds: float) -> None:
     keys = [feature.name for feature in artifact.manifest.features]
     for bags, length in ((1, 1), (1, 5), (20, 20), (60, 20), (200, 20), (600, 20)):
         requests = draw(artifact, bags, length)
-        values, lengths, offsets = requests.values, requests.lengths, requests.offsets
-        keyed = [KeyedJaggedTensor(keys=keys, values=ids, lengths=lengths) for ids in values]
-        runs: dict[str, Run] = {
-            "bare operator": lambda n, v=values, o=offsets: operator(v[n], o),  # type: ignore[misc]
-            "bare TorchScript": lambda n, v=values, m=lengths: artifact.graph(v[n], m),  # type: ignore[misc]
-            "artifact.lookup": lambda n, v=values, m=lengths: artifact.lookup(v[n], m),  # type: ignore[misc]
-            "artifact(KeyedJaggedTensor)": lambda n, k=keyed: artifact(k[n]).values,  # type: ignore[misc]
-            "torchrec.fx, TorchScript": lambda n, v=values, m=lengths: torchrec(v[n], m),  # type: ignore[misc]
+        lengths, offsets = requests.lengths, requests.offsets
+
+        def raw(values: torch.Tensor, lengths: torch.Tensor = lengths) -> Inputs:
+            return values, lengths
+
+        def keyed(values: torch.Tensor, lengths: torch.Tensor = lengths) -> Inputs:
+            return (KeyedJaggedTensor(keys=keys, values=values, lengths=lengths),)
+
+        def with_offsets(values: torch.Tensor, offsets: torch.Tensor = offsets) -> Inputs:
+            return values, offsets
+
+        contenders: dict[str, Contender] = {
+            "bare operator": (operator, with_offsets),
+            "bare TorchScript": (artifact.graph, raw),
+            "artifact.lookup": (artifact.lookup, raw),
+            "artifact(KeyedJaggedTensor)": (lambda request: artifact(request).values, keyed),
+            "torchrec.fx, TorchScript": (torchrec, raw),
         }
-        print(f"\n{len(keys)} tables, {bags} bags of {length} ids each: {requests.ids} ids, {len(values)} requests")
-        medians = measure(runs, len(values), seconds)
+        print(
+            f"\n{len(keys)} tables, {bags} bags of {length} ids each: {requests.ids} ids, {len(requests.values)} requests"
+        )
+        medians = measure(contenders, requests.values, seconds)
         ours = medians["artifact.lookup"]
         if requests.ids >= 10_000:
             verdict("artifact.lookup / bare operator", ours / medians["bare operator"], 1.1)
@@ -229,43 +251,66 @@ def compare_overhead(path: Path, seconds: float) -> None:
             verdict("artifact.lookup / torchrec.fx", ours / medians["torchrec.fx, TorchScript"], 1.0)
 
 
+def bind_threads() -> None:
+    """Each thread that takes part to a core of its own; the first core is the caller's."""
+    cores = sorted(os.sched_getaffinity(0))
+    helpers = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    os.sched_setaffinity(0, cores[:1])
+    for helper in helpers:
+        os.sched_setaffinity(helper.native_id or 0, cores[1:2])
+
+
 def compare_threads(path: Path, seconds: float) -> None:
     """What a second core gains, beside what it can gain: two threads that each look half of the bags up, and no more."""
+    cores = os.sched_getaffinity(0)
     one, two = (load_artifact(path, verify="sizes", threads=threads) for threads in (1, 2))
     operator = bare_operator(one)
     count = len(one.manifest.features)
     pool = ThreadPoolExecutor(1)
-    for ids, length in ((10_000, 20), (100_000, 20), (500_000, 20), (1_000_000, 20)):
-        bags = ids // (length * count) // 2 * 2
-        requests = draw(one, bags, length)
-        values, lengths, offsets = requests.values, requests.lengths, requests.offsets
-        halves = [
-            ids.view(count, 2, -1).transpose(0, 1).reshape(2, -1).contiguous().unbind() for ids in values
-        ]  # a feature's first half of bags, and the others
+    pool.submit(torch.set_num_threads, 1).result()
+    bind_threads()
+    for ids in (10_000, 20_000, 50_000, 100_000, 250_000, 1_000_000):
+        bags = ids // (20 * count) // 2 * 2
+        requests = draw(one, bags, 20)
+        lengths, offsets = requests.lengths, requests.offsets
         half_offsets = offsets[: count * bags // 2 + 1].contiguous()
 
-        def bound(
-            number: int, halves: Sequence[Sequence[torch.Tensor]] = halves, half_offsets: torch.Tensor = half_offsets
-        ) -> torch.Tensor:
-            other = pool.submit(operator, halves[number][1], half_offsets)
-            return torch.cat([operator(halves[number][0], half_offsets), other.result()])
+        def raw(values: torch.Tensor, lengths: torch.Tensor = lengths) -> Inputs:
+            return values, lengths
 
-        print(f"\n{count} table(s), {bags} bags of {length} ids each: {requests.ids} ids, {len(values)} requests")
+        def halves(values: torch.Tensor, half_offsets: torch.Tensor = half_offsets) -> Inputs:
+            """A feature's first half of bags, and the others."""
+            first, other = values.view(count, 2, -1).transpose(0, 1).reshape(2, -1).contiguous().unbind()
+            return first, other, half_offsets
+
+        def look_up_halves(first: torch.Tensor, other: torch.Tensor, half_offsets: torch.Tensor) -> torch.Tensor:
+            future = pool.submit(operator, other, half_offsets)
+            return torch.cat([operator(first, half_offsets), future.result()])
+
+        def with_offsets(values: torch.Tensor, offsets: torch.Tensor = offsets) -> Inputs:
+            return values, offsets
+
+        def into(artifact: Artifact, out: torch.Tensor) -> Run:
+            return functools.partial(artifact.lookup, out=out)
+
+        print(f"\n{count} table(s), {bags} bags of 20 ids each: {requests.ids} ids, {len(requests.values)} requests")
         out = torch.empty(bags, DIM * count)
-        runs: dict[str, Run] = {
-            "threads=1": lambda n, v=values, m=lengths: one.lookup(v[n], m),  # type: ignore[misc]
-            "threads=2": lambda n, v=values, m=lengths: two.lookup(v[n], m),  # type: ignore[misc]
-            "threads=1, into out": lambda n, v=values, m=lengths, o=out: one.lookup(v[n], m, out=o),  # type: ignore[misc]
-            "threads=2, into out": lambda n, v=values, m=lengths, o=out: two.lookup(v[n], m, out=o),  # type: ignore[misc]
-            "bare operator": lambda n, v=values, o=offsets: operator(v[n], o),  # type: ignore[misc]
-            "two bare operators, halves": bound,
+        contenders: dict[str, Contender] = {
+            "threads=1": (one.lookup, raw),
+            "threads=2": (two.lookup, raw),
+            "threads=1, into out": (into(one, out), raw),
+            "threads=2, into out": (into(two, out), raw),
+            "bare operator": (operator, with_offsets),
+            "two bare operators, halves": (look_up_halves, halves),
         }
-        medians = measure(runs, len(values), seconds)
+        medians = measure(contenders, requests.values, seconds)
         possible = medians["bare operator"] / medians["two bare operators, halves"]
         for name in ("threads=1", "threads=1, into out"):
             other = name.replace("=1", "=2")
             verdict(f"{name} / {other}", medians[name] / medians[other], 1.7, least=True)
         print(f"     two bare operators gained {possible:.2f}, nothing checked")
+    pool.shutdown()
+    os.sched_setaffinity(0, cores)
 
 
 def memory_kib(field: str) -> int:
@@ -337,7 +382,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folders = [Path(name, kind) for kind in ("many", "one")]
         for folder in folders:
             folder.mkdir()
-        many, large = build(folders[0], 26, options.rows), build(folders[1], 1, options.one)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            many, large = pool.starmap(build, [(folders[0], 26, options.rows), (folders[1], 1, options.one)])
         if "checks" in options.parts:
             compare_overhead(many, options.seconds)
         if "threads" in options.parts:

@@ -1,0 +1,194 @@
+"""The compiled passes over a jagged request, compared with plain loops."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime_py import _jagged
+from runtime_py.jagged import Limits, add_lengths, plan_pieces
+
+INT64 = (-(2**63), 2**63 - 1)
+
+
+def sums(lengths: list[int]) -> torch.Tensor:
+    """Offsets of bags, by a plain loop."""
+    ends = [0]
+    for length in lengths:
+        ends.append(ends[-1] + length)
+    return torch.tensor(ends)
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> tuple[list[list[list[int]]], list[int]]:
+    """By feature bags of ids, most of them inside, and the last row of each feature's table."""
+    features, bags = draw(st.integers(1, 5)), draw(st.integers(0, 7))
+    last = draw(st.lists(st.sampled_from([0, 1, 5, 2**31, 2**63 - 2]), min_size=features, max_size=features))
+
+    def ids(row: int) -> st.SearchStrategy[int]:
+        return st.one_of(
+            st.integers(0, row), st.integers(0, row), st.sampled_from([0, row, -1, row + 1]), st.integers(*INT64)
+        )
+
+    request = [
+        draw(st.lists(st.lists(ids(row), max_size=6), min_size=bags, max_size=bags), label=f"feature {number}")
+        for number, row in enumerate(last)
+    ]
+    return request, last
+
+
+def flatten(request: list[list[list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    values = [i for feature in request for bag in feature for i in bag]
+    lengths = [len(bag) for feature in request for bag in feature]
+    return torch.tensor(values, dtype=torch.int64), sums(lengths)
+
+
+def inside(request: list[list[list[int]]], last: list[int]) -> bool:
+    return all(0 <= i <= row for feature, row in zip(request, last, strict=True) for bag in feature for i in bag)
+
+
+# --- Lengths ---------------------------------------------------------------------------------------------------------
+
+
+@given(lengths=st.lists(st.one_of(st.integers(0, 9), st.integers(0, 2**31 - 1)), max_size=50))
+@settings(deadline=None)
+def test_lengths_are_added_up(lengths: list[int]) -> None:
+    offsets = torch.full((len(lengths) + 1,), -7)
+    assert add_lengths(torch.tensor(lengths, dtype=torch.int32), offsets) == sum(lengths)
+    assert torch.equal(offsets, sums(lengths))
+
+
+@given(lengths=st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=50), at=st.integers(0))
+@settings(deadline=None)
+def test_a_negative_length_is_found_wherever_it_is_and_whatever_the_sum(lengths: list[int], at: int) -> None:
+    lengths[at % len(lengths)] = -1 - abs(lengths[0]) // 2
+    offsets = torch.empty(len(lengths) + 1, dtype=torch.int64)
+    assert add_lengths(torch.tensor(lengths, dtype=torch.int32), offsets) == -1
+
+
+# --- Ids -------------------------------------------------------------------------------------------------------------
+
+
+@given(drawn=requests())
+@settings(deadline=None, max_examples=400)
+def test_ids_are_copied_and_compared_with_their_own_table(drawn: tuple[list[list[list[int]]], list[int]]) -> None:
+    request, last = drawn
+    values, offsets = flatten(request)
+    ids = torch.full_like(values, 77)
+    assert Limits(torch.tensor(last)).copy_ids(values, offsets, ids) == inside(request, last)
+    assert torch.equal(ids, values)
+    assert Limits(torch.tensor(last)).has(values, offsets) == inside(request, last)
+
+
+@pytest.mark.parametrize("count", [1, 511, 512, 513, 1024, 5000, 65_535, 65_536, 200_000])
+@pytest.mark.parametrize("wrong", [-1, 1000, 2**62, -(2**63), 2**63 - 1])
+def test_one_id_outside_is_found_at_every_place_of_a_block(count: int, wrong: int) -> None:
+    values = torch.full((count,), 999)
+    offsets, limits, ids = torch.tensor([0, count]), Limits(torch.tensor([999])), torch.empty(count, dtype=torch.int64)
+    assert limits.copy_ids(values, offsets, ids)
+    for place in {0, count // 2, min(count - 1, 511), min(count - 1, 512), count - 1}:
+        values[place] = wrong
+        assert not limits.copy_ids(values, offsets, ids)
+        assert ids[place] == wrong
+        values[place] = 999
+
+
+def test_a_copy_ends_where_the_ids_end() -> None:
+    room = torch.full((1030,), 5)
+    Limits(torch.tensor([0])).copy_ids(torch.zeros(1000, dtype=torch.int64), torch.tensor([0, 1000]), room[10:1010])
+    assert room[:10].tolist() == room[1010:1020].tolist() == [5] * 10
+    assert not room[10:1010].any()
+
+
+# --- Pieces ----------------------------------------------------------------------------------------------------------
+
+
+@given(drawn=requests(), pieces=st.integers(1, 9))
+@settings(deadline=None, max_examples=400)
+def test_pieces_cover_every_bag_once_and_hold_its_ids(
+    drawn: tuple[list[list[list[int]]], list[int]], pieces: int
+) -> None:
+    request, last = drawn
+    values, offsets = flatten(request)
+    weights = torch.arange(values.numel(), dtype=torch.float32)  # each says which one it is
+    bags, limits = len(request[0]), Limits(torch.tensor(last))
+    planned = plan_pieces(offsets, len(request), pieces)
+    assert [bag for piece in planned for bag in range(piece.first, piece.end)] == list(range(len(request[0])))
+    assert all(piece.first < piece.end for piece in planned)
+    assert len(planned) <= pieces
+    for piece in planned:
+        part = [feature[piece.first : piece.end] for feature in request]
+        cut = limits.cut_piece(values, offsets, weights, piece)
+        expected, ends = flatten(part)
+        assert piece.ids == expected.numel()
+        assert torch.equal(cut.values, expected)
+        assert torch.equal(cut.offsets, ends)
+        assert cut.inside == inside(part, last)
+        places = [
+            place
+            for feature in range(len(request))
+            for bag in range(feature * bags + piece.first, feature * bags + piece.end)
+            for place in range(int(offsets[bag]), int(offsets[bag + 1]))
+        ]
+        assert cut.weights is not None
+        assert cut.weights.tolist() == places
+        assert limits.cut_piece(values, offsets, None, piece).weights is None
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=300),
+    features=st.integers(1, 4),
+    pieces=st.integers(1, 6),
+    ahead=st.integers(0, 3000),
+)
+@settings(deadline=None)
+def test_no_piece_has_more_than_its_share_and_one_example(
+    lengths: list[int], features: int, pieces: int, ahead: int
+) -> None:
+    offsets = sums(lengths * features)
+    work = [features * (length + 1) for length in lengths]
+    ahead = min(ahead, sum(work))
+    share = (sum(work) - ahead) / pieces
+    planned = plan_pieces(offsets, features, pieces, ahead)
+    assert sum(work[: planned[0].end]) > min(share + ahead, sum(work)) - 2
+    for piece in planned:
+        assert sum(work[piece.first : piece.end]) < share + (0 if piece.first else ahead) + max(work) + 2
+
+
+def test_pieces_of_bags_of_very_different_sizes_have_about_the_same_work() -> None:
+    """Here the last bags hold nearly all."""
+    lengths = [0] * 90_000 + [30] * 3000
+    planned = plan_pieces(sums(lengths * 5), 5, 3)
+    work = [5 * (piece.end - piece.first) + piece.ids for piece in planned]
+    assert len(work) == 3
+    assert max(work) < 1.01 * min(work)
+
+
+def test_a_request_without_bags_has_no_pieces() -> None:
+    assert plan_pieces(torch.tensor([0]), 3, 4) == []
+
+
+# --- The compiled module ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["add_lengths", "copy_ids", "plan_pieces", "cut_piece"])
+def test_a_wrong_number_or_type_of_arguments_is_refused(name: str) -> None:
+    function = getattr(_jagged, name)
+    with pytest.raises(TypeError, match=r"expected \d+ arguments, got 1"):
+        function(1)
+    count = {"add_lengths": 3, "copy_ids": 6, "plan_pieces": 5, "cut_piece": 11}[name]
+    with pytest.raises(TypeError, match="'str' object cannot be interpreted as an integer"):
+        function(*["x"] * count)
+    with pytest.raises(OverflowError):
+        function(*[2**64] * count)
+
+
+def test_a_checkout_that_was_not_compiled_says_what_to_do() -> None:
+    program = "import sys; sys.modules['runtime_py._jagged'] = None; import runtime_py"
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    error = child.stderr.splitlines()[-1]
+    assert error.startswith("ImportError: runtime_py's compiled part cannot be imported (")
+    assert error.endswith("); install the project with pip, which compiles it")
