@@ -231,7 +231,7 @@ def load_artifact(
             (see `verify_artifact`).
         invalid_ids: "error" refuses a request with an id outside its table; "zero" gives that id a zero vector; "row:<k>"
             gives it row k, which every table must have. Whatever was replaced is counted by feature.
-        threads: cores that a request of 8,192 ids and 4 MiB of rows or more may use, the caller's included; one
+        threads: cores that a request of 8,192 ids and 2 MiB of rows or more may use, the caller's included; one
             where there is a surgery.
         prefault: whether all rows and vocabularies are brought into memory now rather than at their first use.
         lock_memory: whether they are kept there; that brings them in, too, and needs RLIMIT_MEMLOCK.
