@@ -31,6 +31,13 @@ static int read_arguments(PyObject *const *given, Py_ssize_t count, Py_ssize_t e
   return 1;
 }
 
+/* A tensor may have no memory, such as one of torch's transforms: its address is 0. */
+static int has_memory(const void *address, int64_t count) {
+  if (address || !count) return 1;
+  PyErr_SetString(PyExc_ValueError, "a request's tensor has no memory; give plain tensors, outside of torch.func's transforms");
+  return 0;
+}
+
 /* Copies ids, and says whether all copies are in [0, last]. The check reads the copy: nobody can change it any more.
  * `last - id` of an id that is too large, and a negative id itself, have the sign bit set. */
 static int copy_inside(const int64_t *from, int64_t *to, int64_t count, int64_t last) {
@@ -52,6 +59,7 @@ static PyObject *add_lengths(PyObject *module, PyObject *const *given, Py_ssize_
   if (!read_arguments(given, count, 3, a)) return NULL;
   const int32_t *const lengths = (const int32_t *)a[0];
   int64_t *const offsets = (int64_t *)a[2];
+  if (!has_memory(lengths, a[1]) || !has_memory(offsets, 1)) return NULL;
   int64_t sum = 0;
   int32_t signs = 0;
   offsets[0] = 0;
@@ -71,6 +79,7 @@ static PyObject *copy_ids(PyObject *module, PyObject *const *given, Py_ssize_t c
   const int64_t *const values = (const int64_t *)a[0], *const offsets = (const int64_t *)a[1], *const last = (const int64_t *)a[2];
   const int64_t features = a[3], bags = a[4];
   int64_t *const ids = (int64_t *)a[5];
+  if (!has_memory(values, offsets[features * bags])) return NULL;
   int inside = 1;
   PyThreadState *const unlocked = offsets[features * bags] >= UNLOCKED_IDS ? PyEval_SaveThread() : NULL;
   for (int64_t feature = 0; feature < features; ++feature) {
@@ -133,6 +142,8 @@ static PyObject *cut_piece(PyObject *module, PyObject *const *given, Py_ssize_t 
   const int64_t features = a[4], bags = a[5], first = a[6], size = a[7] - first;
   int64_t *const ids = (int64_t *)a[8], *const piece_offsets = (int64_t *)a[10];
   float *const piece_weights = (float *)a[9];
+  const int64_t total = offsets[features * bags];
+  if (!has_memory(values, total) || !has_memory(weights, piece_weights ? total : 0)) return NULL;
   int inside = 1;
   int64_t done = 0;
   Py_BEGIN_ALLOW_THREADS

@@ -101,11 +101,13 @@ class RequestChecker:
             InvalidInputError: naming feature, position, value and what is allowed.
         """
         if type(values) is not _TENSOR or values.dtype is not _INT64 or not _is_plain(values):
-            values = as_integers("values", values).to(torch.int64).contiguous()
+            values = _to_plain("values", as_integers("values", values).to(torch.int64))
         if type(lengths) is not _TENSOR or lengths.dtype is not _INT32 or not _is_plain(lengths):
-            lengths = self._narrow(as_integers("lengths", lengths), values).contiguous()
+            lengths = _to_plain("lengths", self._narrow(as_integers("lengths", lengths), values))
         if weights is not None or self.weighted:
             weights = self._check_weights(weights, values.numel())
+            if type(weights) is not _TENSOR and weights is not None:
+                weights = _to_plain("per_sample_weights", weights)
         count = values.numel()  # now: what turns weights into a tensor may be anybody's code
         if count >= 2**31:  # the graphs' offsets are int32, as the lengths are
             raise InvalidInputError(f"values: {count} ids; a request has fewer than 2**31")
@@ -189,6 +191,14 @@ def _is_plain(tensor: torch.Tensor) -> bool:
         and tensor.is_contiguous()
         and not tensor.is_neg()
     )
+
+
+def _to_plain(what: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A plain tensor of the same numbers: a subclass may have no memory behind its address."""
+    try:
+        return torch.from_numpy(np.ascontiguousarray(tensor.numpy()))
+    except (RuntimeError, TypeError) as error:
+        raise InvalidInputError(f"{what}: expected a tensor with memory, got a {type(tensor).__name__}") from error
 
 
 def check_lengths(features: Sequence[str], lengths: torch.Tensor, count: int) -> torch.Tensor:

@@ -817,6 +817,27 @@ def test_ids_that_are_cut_short_while_they_are_checked_are_refused(weighted: Art
     assert len(values) == 2
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_tensor_without_memory_is_refused(weighted: Artifact, place: int) -> None:
+    """Its address is 0, and compiled code would read there."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    values, lengths = raw(BAGS)
+    request = [values, lengths, torch.ones(len(values))]
+    with FakeTensorMode():
+        request[place] = torch.zeros(request[place].shape, dtype=request[place].dtype)
+    name = ("values", "lengths", "per_sample_weights")[place]
+    refused(lambda: weighted.lookup(*request), f"{name}: expected a tensor with memory, got a FakeTensor")
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_tensor_of_a_transform_is_refused(artifact: Artifact, place: int) -> None:
+    request = list(raw(BAGS))
+    request[place] = torch._to_functional_tensor(request[place])
+    with pytest.raises(ValueError, match="a request's tensor has no memory; give plain tensors"):
+        artifact.lookup(*request)
+
+
 def test_lengths_that_change_while_they_are_checked_are_refused(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
