@@ -75,11 +75,15 @@ static PyObject *add_lengths(PyObject *module, PyObject *const *given, Py_ssize_
 static PyObject *copy_ids(PyObject *module, PyObject *const *given, Py_ssize_t count) {
   (void)module;
   Arguments a;
-  if (!read_arguments(given, count, 6, a)) return NULL;
+  if (!read_arguments(given, count, 7, a)) return NULL;
   const int64_t *const values = (const int64_t *)a[0], *const offsets = (const int64_t *)a[1], *const last = (const int64_t *)a[2];
   const int64_t features = a[3], bags = a[4];
   int64_t *const ids = (int64_t *)a[5];
-  if (!has_memory(values, offsets[features * bags])) return NULL;
+  if (offsets[features * bags] != a[6]) {
+    PyErr_SetString(PyExc_ValueError, "values changed their number while they were checked; leave a request alone until it is answered");
+    return NULL;
+  }
+  if (!has_memory(values, a[6])) return NULL;
   int inside = 1;
   PyThreadState *const unlocked = offsets[features * bags] >= UNLOCKED_IDS ? PyEval_SaveThread() : NULL;
   for (int64_t feature = 0; feature < features; ++feature) {
@@ -152,7 +156,7 @@ static PyObject *cut_piece(PyObject *module, PyObject *const *given, Py_ssize_t 
     const int64_t start = bounds[0], taken = bounds[size] - start;
     for (int64_t bag = 0; bag < size; ++bag) piece_offsets[feature * size + bag] = bounds[bag] - start + done;
     inside &= copy_inside(values + start, ids + done, taken, last[feature]);
-    if (weights) memcpy(piece_weights + done, weights + start, (size_t)taken * sizeof *weights);
+    if (weights && taken) memcpy(piece_weights + done, weights + start, (size_t)taken * sizeof *weights);
     done += taken;
   }
   piece_offsets[features * size] = done;

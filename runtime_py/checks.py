@@ -109,6 +109,8 @@ class RequestChecker:
             if type(weights) is not _TENSOR and weights is not None:
                 weights = _to_plain("per_sample_weights", weights)
         count = values.numel()  # now: what turns weights into a tensor may be anybody's code
+        if weights is not None and weights.numel() != count:
+            raise InvalidInputError(f"per_sample_weights: {weights.numel()} weights for {count} values")
         if count >= 2**31:  # the graphs' offsets are int32, as the lengths are
             raise InvalidInputError(f"values: {count} ids; a request has fewer than 2**31")
         bags = lengths.numel()

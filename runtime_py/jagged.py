@@ -42,8 +42,12 @@ class Cut(NamedTuple):
 
 
 def add_lengths(lengths: torch.Tensor, offsets: torch.Tensor) -> int:
-    """Writes the sums of int32 [F * B] to int64 [F * B + 1], and returns the last one: -1 where a length is negative."""
-    return _jagged.add_lengths(lengths.data_ptr(), lengths.numel(), offsets.data_ptr())
+    """Writes the sums of int32 [F * B] to int64 [F * B + 1], and returns the last one: -1 where a length is negative.
+
+    Raises:
+        ValueError: a tensor has no memory.
+    """
+    return _jagged.add_lengths(lengths.data_ptr(), offsets.numel() - 1, offsets.data_ptr())
 
 
 def plan_pieces(offsets: torch.Tensor, features: int, pieces: int, ahead: int = 0) -> list[Piece]:
@@ -73,10 +77,16 @@ class Limits:
         self._features = last.numel()
 
     def copy_ids(self, values: torch.Tensor, offsets: torch.Tensor, ids: torch.Tensor) -> bool:
-        """Copies int64 [N] to `ids` [N], which nobody else has a view of, and returns whether each is in its table."""
+        """Copies int64 [N] to `ids` [N], which nobody else has a view of, and returns whether each is in its table.
+
+        Raises:
+            ValueError: `ids` has another size than the offsets say, or `values` has no memory.
+        """
         features = self._features
         bags = (offsets.numel() - 1) // features
-        return _jagged.copy_ids(values.data_ptr(), offsets.data_ptr(), self._address, features, bags, ids.data_ptr())
+        return _jagged.copy_ids(
+            values.data_ptr(), offsets.data_ptr(), self._address, features, bags, ids.data_ptr(), ids.numel()
+        )
 
     def has(self, ids: torch.Tensor, offsets: torch.Tensor) -> bool:
         """Whether each of int64 [N] is in its table."""

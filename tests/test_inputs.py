@@ -813,8 +813,24 @@ def test_ids_that_are_cut_short_while_they_are_checked_are_refused(weighted: Art
             values.resize_(2)
             return np.ones(count, np.float32)
 
-    refused(lambda: weighted.lookup(values, lengths, Cutting()), f"lengths add up to {count} ")  # type: ignore[arg-type]
+    text = f"per_sample_weights: {count} weights for 2 values"
+    refused(lambda: weighted.lookup(values, lengths, Cutting()), text)  # type: ignore[arg-type]
     assert len(values) == 2
+
+
+def test_ids_that_grow_while_weights_are_read_are_refused(weighted: Artifact) -> None:
+    """The lookup would read weights behind the last one."""
+    values, lengths = raw(BAGS)
+    count = len(values)
+    fewer = values[:2].clone()
+
+    class Growing:
+        def __array__(self, *_: object, **__: object) -> np.ndarray:
+            fewer.resize_(count).copy_(values)
+            return np.ones(2, np.float32)
+
+    text = f"per_sample_weights: 2 weights for {count} values"
+    refused(lambda: weighted.lookup(fewer, lengths, Growing()), text)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])

@@ -103,6 +103,14 @@ def test_a_copy_ends_where_the_ids_end() -> None:
     assert not room[10:1010].any()
 
 
+def test_more_or_fewer_ids_than_the_offsets_say_are_refused_before_any_is_written() -> None:
+    ids = torch.full((9,), 5)
+    for count in (7, 9):
+        with pytest.raises(ValueError, match="values changed their number while they were checked"):
+            Limits(torch.tensor([0])).copy_ids(torch.zeros(8, dtype=torch.int64), torch.tensor([0, 8]), ids[:count])
+    assert ids.tolist() == [5] * 9
+
+
 # --- Pieces ----------------------------------------------------------------------------------------------------------
 
 
@@ -179,7 +187,7 @@ def test_a_wrong_number_or_type_of_arguments_is_refused(name: str) -> None:
     function = getattr(_jagged, name)
     with pytest.raises(TypeError, match=r"expected \d+ arguments, got 1"):
         function(1)
-    count = {"add_lengths": 3, "copy_ids": 6, "plan_pieces": 5, "cut_piece": 11}[name]
+    count = {"add_lengths": 3, "copy_ids": 7, "plan_pieces": 5, "cut_piece": 11}[name]
     with pytest.raises(TypeError, match="'str' object cannot be interpreted as an integer"):
         function(*["x"] * count)
     with pytest.raises(OverflowError):
