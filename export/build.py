@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from export.aot_inductor import check_build_isa, compiler, write_aot_inductor
-from export.config import GraphKind, ReleaseConfig, load_config
+from export.config import GraphKind, ReleaseConfig
+from export.config_file import load_config
 from export.errors import ExportError, GateError, PublishError
 from export.golden import write_cases
 from export.heap import fix_mapping_threshold
@@ -36,9 +37,9 @@ from export.torchscript import write_torchscript
 from export.weight_file import WrittenWeights, compare_written
 from runtime_py import verify_artifact
 from runtime_py.digests import ZEROED, Digest, sha256
+from runtime_py.documents import FORMAT_VERSION
 from runtime_py.golden import GOLDEN
 from runtime_py.manifest import (
-    FORMAT_VERSION,
     MANIFEST,
     WEIGHTS,
     Feature,

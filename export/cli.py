@@ -27,7 +27,8 @@ from export.progress import progress_on
 from export.ranks import processes_of_this_host, rank_of_this_process
 from export.storage import drop_copies, redact_all
 from runtime_py.errors import ArtifactError
-from runtime_py.manifest import Manifest, read_manifest
+from runtime_py.manifest import Manifest
+from runtime_py.manifest_reader import read_manifest
 from runtime_py.verify import verify_artifact
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def plan(
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
     """Show what each precision would cost each table, and what a build would choose; writes nothing."""
-    from export.config import load_config
+    from export.config_file import load_config
     from export.plan import Clock, preview_release  # see `build`
 
     with progress_on(sys.stderr) as progress:

@@ -30,7 +30,8 @@ from export.surgery_parity import check_answer, surgery_bound
 from runtime_py import Artifact, InvalidInputError, load_artifact
 from runtime_py.golden import GoldenCase
 from runtime_py.inputs import Request
-from runtime_py.manifest import ParitySummary, read_manifest
+from runtime_py.manifest import ParitySummary
+from runtime_py.manifest_reader import read_manifest
 
 __all__ = [
     "Case",

@@ -8,7 +8,8 @@ from typing import Any
 
 from export.errors import ExportError
 from runtime_py.digests import sha256
-from runtime_py.manifest import Manifest, read_manifest
+from runtime_py.manifest import Manifest
+from runtime_py.manifest_reader import read_manifest
 
 __all__ = ["BuildFigures", "ReportData", "peak_memory_bytes", "read_report_data"]
 

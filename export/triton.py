@@ -35,7 +35,8 @@ from export.errors import ExportError, PublishError
 from export.publish import publish, staged, write_file
 from runtime_py.compatibility import find_differences
 from runtime_py.errors import ManifestError
-from runtime_py.manifest import MANIFEST, Manifest, read_manifest
+from runtime_py.manifest import MANIFEST, Manifest
+from runtime_py.manifest_reader import read_manifest
 from runtime_py.verify import verify_artifact
 
 __all__ = ["WrittenModel", "write_repository"]

@@ -22,8 +22,10 @@ from typing import Any
 from export.errors import PublishError
 from export.publish import fsync, publish, staged, writing
 from runtime_py.digests import ZEROED, Digest
+from runtime_py.documents import FORMAT_VERSION
 from runtime_py.errors import ArtifactError
-from runtime_py.manifest import FORMAT_VERSION, MANIFEST, Manifest, read_manifest
+from runtime_py.manifest import MANIFEST, Manifest
+from runtime_py.manifest_reader import read_manifest
 from runtime_py.pointer import POINTER, VERSIONS, Pointer, hold_version, is_version, read_pointer
 from runtime_py.verify import verify_artifact
 

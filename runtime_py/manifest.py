@@ -1,35 +1,24 @@
-"""The manifest: what an artifact promises, read strictly and written canonically.
-
-`artifacts/FORMAT.md` is the specification. A reader refuses whatever it does not understand: an unknown version or
-field, a missing one, a wrong type, a path that leaves the artifact, and figures that contradict one another.
-"""
+"""The manifest: what an artifact promises. `artifacts/FORMAT.md` is the specification, `manifest_reader` reads one."""
 
 import dataclasses
 import hashlib
 import json
 import math
-import re
-import stat
-import types
-import unicodedata
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Literal
 
-from runtime_py.digests import ROWS, SHA256, TABLES, ZEROED, Digest
-from runtime_py.errors import ManifestError, UnknownFieldError, UnknownFormatVersionError
-from runtime_py.tensor_file import encode_header
+from runtime_py.digests import ZEROED, Digest
+from runtime_py.documents import Json, encode_document
 
 __all__ = [
     "AOT_INDUCTOR_FILES",
-    "FORMAT_VERSION",
     "MANIFEST",
     "PARAMETER_BYTES",
     "PARAMETER_PREFIX",
     "ROW_FORMATS",
+    "SLOT_BYTES",
     "WEIGHTS",
     "Feature",
     "File",
@@ -48,14 +37,10 @@ __all__ = [
     "Surgery",
     "Table",
     "TableAccuracy",
-    "decode_document",
-    "encode_document",
-    "parse_manifest",
-    "read_manifest",
+    "compute_artifact_id",
     "table_shape",
 ]
 
-FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights/tables.safetensors"
 SLOT_BYTES = 16
@@ -64,9 +49,6 @@ PARAMETER_PREFIX = "surgery."
 AOT_INDUCTOR_FILES = tuple(
     f"data/aotinductor/model/lookup.wrapper{ending}" for ending in (".so", ".json", "_metadata.json")
 )
-
-Json = dict[str, Any]
-
 
 ServingPrecision = Literal["fp32", "fp16", "int8", "int4", "int2"]
 
@@ -419,15 +401,6 @@ class Manifest:
         return encode_document(dataclasses.replace(self, manifest_digest=Digest(ZEROED, "0" * 64)))
 
 
-def encode_document(document: Any) -> bytes:
-    """The JSON of a dataclass whose last field is its digest, all zeros, with that digest computed."""
-    text = json.dumps(dataclasses.asdict(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    value = hashlib.sha256(text.encode()).hexdigest()
-    # The digest is the last field, so that its zeros are the last 64 in the text.
-    head, zeros, tail = text.rpartition("0" * 64)
-    return (head + value + tail if zeros else text).encode()
-
-
 def compute_artifact_id(manifest: Manifest) -> str:
     """The identity of what the artifact does, as 64 hexadecimal digits.
 
@@ -472,331 +445,3 @@ def compute_artifact_id(manifest: Manifest) -> str:
         }
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-# --- Reading -------------------------------------------------------------------------------------------------------
-
-
-def read_manifest(artifact: Path) -> Manifest:
-    """Reads, parses and checks `<artifact>/manifest.json`.
-
-    Raises:
-        ManifestError: no manifest (so no artifact), or one of the kinds of `parse_manifest`.
-    """
-    path = artifact / MANIFEST
-    try:
-        mode = path.lstat().st_mode
-        if stat.S_ISLNK(mode):
-            raise ManifestError(f"{path}: is a symbolic link; an artifact holds none")
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # to read a pipe is to wait for its writer
-            raise ManifestError(f"{path}: is no regular file")
-        data = path.read_bytes()
-    except OSError as error:
-        raise ManifestError(
-            f"{path}: cannot be read: {error.strerror}; without a manifest there is no artifact"
-        ) from error
-    try:
-        return parse_manifest(data)
-    except ManifestError as error:
-        raise type(error)(f"{path}: {error}") from error
-
-
-def parse_manifest(data: bytes) -> Manifest:
-    """Parses the bytes of a manifest.
-
-    Raises:
-        UnknownFormatVersionError: `format_version` is not 1.
-        UnknownFieldError: a field that version 1 does not define.
-        ManifestError: not UTF-8 JSON, a duplicate key, a missing field, a wrong type, a digest that does not match,
-            or fields that contradict one another.
-    """
-    manifest: Manifest = decode_document(Manifest, data)
-    _check_consistency(manifest)
-    return manifest
-
-
-def decode_document(kind: Any, data: bytes) -> Any:
-    """A dataclass of the type `kind` from its JSON. Its fields' types are the schema, its last field is its digest.
-
-    Raises:
-        ManifestError: as `parse_manifest`.
-    """
-    digest_field = dataclasses.fields(kind)[-1].name
-    try:
-        document = json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=_unique_keys,
-            parse_constant=_refuse_constant,
-            parse_float=_parse_float,
-        )
-        json.dumps(document, ensure_ascii=False).encode()  # half of a surrogate pair is legal JSON, and no text
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"is damaged: not UTF-8 JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise ManifestError(f"is damaged: expected an object, got {type(document).__name__}")
-    version = document.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise UnknownFormatVersionError(f"format_version is {version!r}, this reader knows {FORMAT_VERSION}")
-    if digest_field in document:  # first, so that damage is not taken for what a newer writer meant
-        _check_digest(data, digest_field, _decode(Digest, document[digest_field], digest_field))
-    return _decode(kind, document, "")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> Json:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ManifestError(f"is damaged: the key '{twice}' is given twice")
-    return result
-
-
-def _refuse_constant(name: str) -> None:
-    raise ManifestError(f"is damaged: {name} is no JSON number")
-
-
-def _parse_float(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):
-        raise ManifestError(f"is damaged: {text} is beyond float64")
-    return value
-
-
-def _decode(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the type `hint`, without any conversion: the types of the dataclasses are the schema."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _decode_dataclass(hint, _expect(dict, value, where), where)
-    if origin is list:
-        return [_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(_expect(list, value, where))]
-    if origin is dict:
-        items = _expect(dict, value, where).items()
-        return {
-            key: value if arguments[1] is Any else _decode(arguments[1], value, f"{where}.{key}")
-            for key, value in items
-        }
-    if origin is Literal:
-        if value not in arguments or type(value) is not type(arguments[0]):
-            raise ManifestError(f"{where}: expected one of {list(arguments)}, got {value!r}")
-        return value
-    if origin in (Union, types.UnionType):
-        return None if value is None else _decode(arguments[0], value, where)
-    return _expect(hint, value, where)
-
-
-def _decode_dataclass(hint: Any, value: Json, where: str) -> Any:
-    hints = get_type_hints(hint)
-    names = [field.name for field in dataclasses.fields(hint)]
-    prefix = f"{where}." if where else ""
-    unknown = [key for key in value if key not in names]
-    if unknown:
-        raise UnknownFieldError(
-            f"unknown field '{prefix}{unknown[0]}'; format version {FORMAT_VERSION} does not define it"
-        )
-    missing = [name for name in names if name not in value]
-    if missing:
-        raise ManifestError(f"field '{prefix}{missing[0]}' is missing")
-    return hint(**{name: _decode(hints[name], value[name], prefix + name) for name in names})
-
-
-def _expect(kind: Any, value: Any, where: str) -> Any:
-    if type(value) is not kind:  # exact: a bool is no int here
-        raise ManifestError(f"{where}: expected {kind.__name__}, got {value!r}")
-    if kind is int and not -(2**63) <= value < 2**63:
-        raise ManifestError(f"{where}: {value} is beyond 64 bits")
-    return value
-
-
-def _check_digest(data: bytes, name: str, digest: Digest) -> None:
-    value = digest.value.encode()
-    if digest.algorithm != ZEROED or data.count(value) != 1 or len(value) != 64:
-        raise ManifestError(f"is damaged: {name} must be {ZEROED} with 64 digits, got {digest}")
-    computed = hashlib.sha256(data.replace(value, b"0" * 64)).hexdigest()
-    if computed != digest.value:
-        raise ManifestError(f"is damaged: its digest is {computed}, and it says {digest.value}")
-
-
-_LIBRARY = re.compile(r"[A-Za-z0-9_]+")
-_HEX = re.compile(r"[0-9a-f]{64}")
-_MOST_DIMS = 64  # as torch
-
-
-def _check_consistency(manifest: Manifest) -> None:
-    _check_unique("tables", [table.name for table in manifest.tables])
-    _check_unique("features", [feature.name for feature in manifest.features])
-    _check_unique("outputs", [output.key for output in manifest.outputs])
-    _check_unique("graphs", [f"{graph.backend} for {graph.target}" for graph in manifest.graphs])
-    _check_unique("files", [file.path for file in manifest.files])
-    for file in manifest.files:
-        _check_path(file.path)
-        expected = TABLES if file.path in manifest.mapped else SHA256
-        if file.digest.algorithm != expected:
-            raise ManifestError(f"{file.path}: digest algorithm '{file.digest.algorithm}', expected '{expected}'")
-        _check_hex(file.path, file.digest)
-    if WEIGHTS not in manifest.file:
-        raise ManifestError(f"files: '{WEIGHTS}' is not listed")
-    for table in manifest.tables:
-        _check_table(table)
-    _check_names("a table or a feature", [table.name for table in manifest.tables])
-    _check_names("a table or a feature", [feature.name for feature in manifest.features])
-    listed = [figures.table for figures in manifest.accuracy]
-    if listed != [table.name for table in manifest.tables]:
-        raise ManifestError(f"accuracy: expected one entry a table, in their order, got {listed}")
-    _check_choices(manifest)
-    _check_vocabularies(manifest)
-    for snapshot in manifest.provenance.snapshots:
-        _check_hex(f"snapshot '{snapshot.uri}'", snapshot.digest)
-    for feature in manifest.features:
-        if feature.table not in manifest.table:
-            raise ManifestError(f"feature '{feature.name}': table '{feature.table}' is not in the manifest")
-    for name in ("tables", "features", "graphs"):
-        if not getattr(manifest, name):
-            raise ManifestError(f"{name}: an artifact has at least one")
-    for graph in manifest.graphs:
-        for path in graph.files:
-            if path not in manifest.file or path in manifest.mapped:
-                raise ManifestError(f"graph '{graph.backend}': '{path}' is not among the files")
-        for key, value, backend in (("isa", graph.isa, "aot_inductor"), ("opset", graph.opset, "onnx")):
-            if (value is not None) != (graph.backend == backend):
-                raise ManifestError(
-                    f"graph '{graph.backend}': {key} is {value!r}; {backend} graphs have one, others none"
-                )
-        for library in graph.operator_libraries:
-            if not _LIBRARY.fullmatch(library):
-                raise ManifestError(f"graph '{graph.backend}': {library!r} is no library name")
-    if manifest.weighted != any(feature.weighted for feature in manifest.features):
-        raise ManifestError(f"weighted is {manifest.weighted}, and the features say otherwise")
-    _check_outputs(manifest)
-    size = manifest.weights_offset_bytes + manifest.weights_bytes
-    if manifest.file[WEIGHTS].bytes != size:
-        raise ManifestError(f"{WEIGHTS}: {manifest.file[WEIGHTS].bytes} bytes, expected {size} (header and data)")
-    computed = compute_artifact_id(manifest)
-    if computed != manifest.artifact_id:
-        raise ManifestError(f"artifact_id is {manifest.artifact_id}, computed {computed}")
-
-
-def _check_table(table: Table) -> None:
-    if table.num_embeddings < 1 or table.embedding_dim < 1:
-        raise ManifestError(f"table '{table.name}': shape [{table.num_embeddings}, {table.embedding_dim}] is empty")
-    row_format = ROW_FORMATS[table.serving_precision]
-    if table.embedding_dim % row_format.dim_divisor:
-        raise ManifestError(
-            f"table '{table.name}': embedding_dim is {table.embedding_dim}, {table.serving_precision} rows need a "
-            f"multiple of {row_format.dim_divisor}"
-        )
-    expected = row_format.row_bytes(table.embedding_dim)
-    if table.row_bytes != expected:
-        raise ManifestError(
-            f"table '{table.name}': row_bytes is {table.row_bytes}, expected {expected} "
-            f"({table.serving_precision}, embedding_dim {table.embedding_dim})"
-        )
-    if table.digest.algorithm != ROWS:
-        raise ManifestError(f"table '{table.name}': digest algorithm '{table.digest.algorithm}', expected '{ROWS}'")
-    _check_hex(f"table '{table.name}'", table.digest)
-
-
-def _check_names(what: str, names: list[str]) -> None:
-    for name in names:
-        if not name or any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
-            raise ManifestError(f"{name!r} cannot name {what}: it is empty, or has control characters")
-
-
-def _check_outputs(manifest: Manifest) -> None:
-    if manifest.surgery is not None:
-        _check_surgery(manifest.surgery, manifest)
-        return
-    dims = [(feature.name, manifest.table[feature.table].embedding_dim) for feature in manifest.features]
-    if [(output.key, output.dim) for output in manifest.outputs] != dims:
-        raise ManifestError(f"outputs do not follow from the features, whose dims are {dict(dims)}")
-
-
-def _check_surgery(surgery: Surgery, manifest: Manifest) -> None:
-    if not manifest.outputs or any(output.dim < 1 for output in manifest.outputs):
-        raise ManifestError(f"outputs of surgery '{surgery.module}': expected one or more, of at least one column each")
-    _check_names("an output", [output.key for output in manifest.outputs])
-    for text in (surgery.module, surgery.kwargs):
-        _check_names("a surgery", [text])
-    if surgery.code.algorithm != SHA256:
-        raise ManifestError(f"surgery: digest algorithm '{surgery.code.algorithm}', expected '{SHA256}'")
-    _check_hex("surgery", surgery.code)
-    _check_names("a parameter", [parameter.parameter for parameter in surgery.parameters])
-    _check_unique("tables and parameters", [tensor.name for tensor in manifest.stored_tensors])
-    for parameter in surgery.parameters:
-        where = f"parameter '{parameter.parameter}'"
-        if len(parameter.dims) > _MOST_DIMS or any(dim < 1 for dim in parameter.dims):
-            raise ManifestError(f"{where}: shape {parameter.dims} is empty, or has more than {_MOST_DIMS} dimensions")
-        if parameter.bytes >= 2**63:
-            raise ManifestError(f"{where}: more bytes than 64 bits can count")
-        if parameter.digest.algorithm != ROWS:
-            raise ManifestError(f"{where}: digest algorithm '{parameter.digest.algorithm}', expected '{ROWS}'")
-        _check_hex(where, parameter.digest)
-
-
-def _check_choices(manifest: Manifest) -> None:
-    chosen = [choice.table for choice in manifest.choices]
-    _check_unique("choices", chosen)
-    if chosen != [table.name for table in manifest.tables if table.name in chosen]:
-        raise ManifestError(f"choices: expected tables of the manifest, in their order, got {chosen}")
-    said = [(figures.table, figures.serving_precision) for figures in manifest.accuracy]
-    said += [(choice.table, choice.serving_precision) for choice in manifest.choices]
-    for name, precision in said:
-        stored = manifest.table[name].serving_precision
-        if precision != stored:
-            raise ManifestError(f"table '{name}': is stored as {stored}, and elsewhere said to be {precision}")
-
-
-def _check_vocabularies(manifest: Manifest) -> None:
-    names = [vocabulary.table for vocabulary in manifest.vocabularies]
-    _check_unique("vocabularies", names)
-    _check_unique("vocabularies", [vocabulary.path for vocabulary in manifest.vocabularies])
-    for vocabulary in manifest.vocabularies:
-        where = f"vocabulary of table '{vocabulary.table}'"
-        if vocabulary.table not in manifest.table:
-            raise ManifestError(f"{where}: the table is not in the manifest")
-        if vocabulary.path not in manifest.file or vocabulary.path == WEIGHTS:
-            raise ManifestError(f"{where}: '{vocabulary.path}' is not among the files")
-        rows = manifest.table[vocabulary.table].num_embeddings
-        if not 1 <= vocabulary.entities <= rows:
-            raise ManifestError(f"{where}: {vocabulary.entities} entities, expected 1 to {rows}, the table's rows")
-        # At least one slot is empty: it is what ends the search for an unknown id.
-        if not vocabulary.entities < vocabulary.capacity < 2**63 // SLOT_BYTES:
-            raise ManifestError(
-                f"{where}: capacity is {vocabulary.capacity}, expected more than its {vocabulary.entities} entities, "
-                "and less than 2**59"
-            )
-        if vocabulary.digest.algorithm != ROWS:
-            raise ManifestError(f"{where}: digest algorithm '{vocabulary.digest.algorithm}', expected '{ROWS}'")
-        _check_hex(where, vocabulary.digest)
-        size = len(encode_header([vocabulary])) + vocabulary.bytes
-        if manifest.file[vocabulary.path].bytes != size:
-            raise ManifestError(
-                f"{vocabulary.path}: {manifest.file[vocabulary.path].bytes} bytes, expected {size} "
-                f"(header and {vocabulary.capacity} slots)"
-            )
-    if names != [table.name for table in manifest.tables if table.name in names]:
-        raise ManifestError("vocabularies are not in the order of the tables")
-
-
-def _check_unique(what: str, names: list[str]) -> None:
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise ManifestError(f"{what}: '{name}' is listed {count} times")
-
-
-def _check_hex(where: str, digest: Digest) -> None:
-    if not _HEX.fullmatch(digest.value):
-        raise ManifestError(f"{where}: digest value must be 64 lower-case hexadecimal digits, got {digest.value!r}")
-
-
-def _check_path(path: str) -> None:
-    parts = PurePosixPath(path).parts
-    if (
-        not parts
-        or path.startswith("/")
-        or ".." in parts
-        or "\\" in path
-        or "\0" in path
-        or str(PurePosixPath(path)) != path
-    ):
-        raise ManifestError(f"files: path {path!r} must be relative, POSIX and inside the artifact")
-    if path == MANIFEST:
-        raise ManifestError(f"files: '{MANIFEST}' must not list itself")

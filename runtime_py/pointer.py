@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime_py.digests import ZEROED, Digest
+from runtime_py.documents import decode_document, encode_document
 from runtime_py.errors import ManifestError, MissingFileError, PointerError
-from runtime_py.manifest import MANIFEST, decode_document, encode_document
+from runtime_py.manifest import MANIFEST
 
 __all__ = ["POINTER", "VERSIONS", "Pointer", "hold_version", "is_version", "read_pointer"]
 

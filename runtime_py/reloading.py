@@ -26,7 +26,8 @@ from runtime_py.artifact import Artifact, load_artifact
 from runtime_py.compatibility import check_compatible
 from runtime_py.errors import ArtifactError, PointerError, UnsupportedError
 from runtime_py.golden import read_cases, replay_cases
-from runtime_py.manifest import Manifest, read_manifest
+from runtime_py.manifest import Manifest
+from runtime_py.manifest_reader import read_manifest
 from runtime_py.pointer import VERSIONS, Pointer, hold_version, read_pointer
 from runtime_py.pooled import Pooled
 

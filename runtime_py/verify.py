@@ -14,7 +14,8 @@ from typing import Literal, Self
 
 from runtime_py.digests import sha256
 from runtime_py.errors import ArtifactError, DigestMismatchError, ExtraFileError, MissingFileError, SizeMismatchError
-from runtime_py.manifest import MANIFEST, Manifest, read_manifest
+from runtime_py.manifest import MANIFEST, Manifest
+from runtime_py.manifest_reader import read_manifest
 from runtime_py.vocabulary import VocabularyFile
 from runtime_py.weights import WeightFile
 

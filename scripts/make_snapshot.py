@@ -24,7 +24,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.nn import functional
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from export.config import EmbeddingBagConfig, LargeEmbeddingsConfig, load_config
+from export.config import EmbeddingBagConfig, LargeEmbeddingsConfig
+from export.config_file import load_config
 from export.errors import ConfigError
 from export.large_embeddings import LargeEmbeddings
 

@@ -16,7 +16,7 @@ from soak_release import Release
 from export.versions import publish_version
 from runtime_py.digests import sha256
 from runtime_py.errors import ManifestError
-from runtime_py.manifest import read_manifest
+from runtime_py.manifest_reader import read_manifest
 from runtime_py.pointer import read_pointer
 
 WEIGHTS, GOLDEN = "weights/tables.safetensors", "golden/cases.safetensors"

@@ -43,8 +43,8 @@ from runtime_py.manifest import (
     Table,
     TableAccuracy,
     compute_artifact_id,
-    read_manifest,
 )
+from runtime_py.manifest_reader import read_manifest
 from runtime_py.tensor_file import encode_header
 
 WEIGHTS = "weights/tables.safetensors"

@@ -15,7 +15,7 @@ from support import FEATURES, TABLES
 
 from runtime_py import Artifact, InvalidInputError, load_artifact
 from runtime_py.checks import count_ids, describe, parse_policy
-from runtime_py.manifest import read_manifest
+from runtime_py.manifest_reader import read_manifest
 
 SIZES = {"user": 300, "item": 41, "last_item": 41, "tag": 7, "age": 1}
 OUTSIDE: dict[str, list[list[int]]] = {

@@ -24,8 +24,8 @@ from export.config import (
     SnapshotFormat,
     Target,
     VocabularyConfig,
-    load_config,
 )
+from export.config_file import load_config
 from export.errors import ConfigError
 
 GOLDEN = Path(__file__).parent / "golden"

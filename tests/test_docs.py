@@ -9,7 +9,7 @@ from support import TYPES, state_dict
 
 from export import build_artifact, load_config
 from export.versions import publish_version
-from runtime_py.manifest import read_manifest
+from runtime_py.manifest_reader import read_manifest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -14,7 +14,7 @@ import pytest
 import export
 import runtime_py
 from runtime_py import errors
-from runtime_py.manifest import read_manifest
+from runtime_py.manifest_reader import read_manifest
 
 # Not in a serving image, or not before they are asked for.
 HEAVY = ["export", "fbgemm_gpu", "hypothesis", "onnx", "pydantic", "pytest", "rich", "ruamel", "torchrec", "typer"]

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from support import TABLES, with_vocabularies
 
 from runtime_py import ManifestError, UnknownFieldError, UnknownFormatVersionError
-from runtime_py.manifest import Manifest, compute_artifact_id, parse_manifest, read_manifest
+from runtime_py.manifest import Manifest, compute_artifact_id
+from runtime_py.manifest_reader import parse_manifest, read_manifest
 
 Document = dict[str, Any]
 Edit = Callable[[Document], object]

@@ -8,7 +8,8 @@ import torch
 from support import TABLES, make_rows, write_config
 
 from export.accuracy import ProbeRows, dequantize
-from export.config import Precision, load_config
+from export.config import Precision
+from export.config_file import load_config
 from export.errors import GateError
 from export.parity import _bound_rows, check_parity, make_cases, make_slots, probe_ids
 from export.quantize import convert_rows, new_rows

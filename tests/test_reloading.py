@@ -37,7 +37,8 @@ from runtime_py import (
 from runtime_py.compatibility import check_compatible
 from runtime_py.digests import sha256
 from runtime_py.golden import GOLDEN
-from runtime_py.manifest import Output, read_manifest
+from runtime_py.manifest import Output
+from runtime_py.manifest_reader import read_manifest
 from runtime_py.pointer import Pointer, read_pointer
 
 REQUEST = {feature: [[0], []] for feature in FEATURES}

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from support import make_rows, state_dict, write_config, write_entities
 
 from runtime_py import ArtifactError, InvalidInputError, load_artifact, verify_artifact
-from runtime_py.manifest import compute_artifact_id, read_manifest
+from runtime_py.manifest import compute_artifact_id
+from runtime_py.manifest_reader import read_manifest
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,8 @@ from support import ENTITIES
 
 from runtime_py import Artifact, GraphError, InvalidInputError, Vocabulary, VocabularyFileError, load_artifact
 from runtime_py.digests import Digest
-from runtime_py.manifest import StoredVocabulary, read_manifest
+from runtime_py.manifest import StoredVocabulary
+from runtime_py.manifest_reader import read_manifest
 from runtime_py.tensor_file import encode_header
 from runtime_py.vocabulary import VocabularyFile
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime_py.manifest import WEIGHTS, read_manifest
+from runtime_py.manifest import WEIGHTS
+from runtime_py.manifest_reader import read_manifest
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench" / "shared_memory.py"
 MIB = 64

@@ -25,12 +25,13 @@ from safetensors.torch import save_file
 from support import TABLES, make_rows, run_export, state_dict, write_config, write_dcp
 
 from export import storage
-from export.config import EmbeddingBagConfig, SnapshotConfig, load_config
+from export.config import EmbeddingBagConfig, SnapshotConfig
+from export.config_file import load_config
 from export.errors import SnapshotError
 from export.snapshots import TableRows, identify, open_snapshot
 from export.snapshots.dcp import METADATA
 from export.storage import open_location, open_seekable, read_range, redact
-from runtime_py.manifest import read_manifest
+from runtime_py.manifest_reader import read_manifest
 
 USER = EmbeddingBagConfig.model_validate(
     {"name": "user", "num_embeddings": 300, "embedding_dim": 8, "data_type": "fp32"}

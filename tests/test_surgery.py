@@ -35,7 +35,8 @@ from torch.distributed import checkpoint
 
 from export import build_artifact
 from export.accuracy import ProbeRows
-from export.config import Precision, SurgeryConfig, load_config
+from export.config import Precision, SurgeryConfig
+from export.config_file import load_config
 from export.errors import GateError, SurgeryError
 from export.golden import replay_cases
 from export.parity import check_parity, probe_ids
@@ -57,7 +58,8 @@ from runtime_py import (
     verify_artifact,
 )
 from runtime_py.golden import read_cases
-from runtime_py.manifest import Output, compute_artifact_id, read_manifest
+from runtime_py.manifest import Output, compute_artifact_id
+from runtime_py.manifest_reader import read_manifest
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile the graph with")
 PROJECT = {

@@ -24,7 +24,7 @@ from runtime_py import (
     load_artifact,
     verify_artifact,
 )
-from runtime_py.manifest import read_manifest
+from runtime_py.manifest_reader import read_manifest
 from runtime_py.verify import Verify, open_verified
 
 MANIFEST = "manifest.json"

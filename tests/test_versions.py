@@ -29,7 +29,7 @@ from runtime_py import (
     verify_artifact,
 )
 from runtime_py.digests import sha256
-from runtime_py.manifest import read_manifest
+from runtime_py.manifest_reader import read_manifest
 from runtime_py.pointer import hold_version, read_pointer
 
 

@@ -24,7 +24,8 @@ from support import FEATURES
 
 from runtime_py import DigestMismatchError, GraphError, WeightFileError, load_artifact
 from runtime_py.digests import Digest
-from runtime_py.manifest import Manifest, Table, read_manifest
+from runtime_py.manifest import Manifest, Table
+from runtime_py.manifest_reader import read_manifest
 from runtime_py.tensor_file import encode_header, layout_tables, tensor_bytes
 from runtime_py.weights import WeightFile
 
@@ -308,7 +309,7 @@ def test_two_processes_share_pages_and_a_write_is_a_segmentation_fault(written_b
 import resource, sys
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-from runtime_py.manifest import read_manifest
+from runtime_py.manifest_reader import read_manifest
 from runtime_py.weights import WeightFile
 folder = Path(sys.argv[1])
 weights = WeightFile(folder, read_manifest(folder)).map()

@@ -32,7 +32,8 @@ import torch
 from safetensors.torch import save_file
 
 from export import build_artifact
-from runtime_py.manifest import WEIGHTS, read_manifest
+from runtime_py.manifest import WEIGHTS
+from runtime_py.manifest_reader import read_manifest
 
 DIM = 64
 TABLES = 4
