@@ -39,7 +39,8 @@ class CapturedLookup:
         device, count = artifact.device, len(artifact.manifest.features) * bags
         weights = torch.zeros(ids, dtype=torch.float32, device=device) if artifact.manifest.weighted else None
         values = torch.zeros(ids, dtype=torch.int64, device=device)
-        self._buffers = Request(values, torch.zeros(count, dtype=torch.int32, device=device), weights)
+        # int64, as lengths may be: in int32 those that do not fit would become others before they are inspected.
+        self._buffers = Request(values, torch.zeros(count, dtype=torch.int64, device=device), weights)
         artifact.check_size(self._buffers.lengths)
         self._order = Order(device)
         self._replay, self._numbers, self._pooled = self._record()
@@ -65,7 +66,11 @@ class CapturedLookup:
                 self._steps()
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # On a stream of ours: torch's own for this is one, of the device that captured first in the process.
+        with (
+            torch.cuda.device(device),
+            torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"),
+        ):
             results = self._steps()
         return graph.replay, *results
 

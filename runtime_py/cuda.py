@@ -45,6 +45,7 @@ def load_cuda_artifact(
     Raises:
         ArtifactError: as `load_artifact`.
         DeviceMemoryError: the rows do not fit.
+        UnsupportedError: the kernels there cannot look up in a table, or decode a row.
     """
     where = find_device(device)
     with open_verified(path, verify) as verified:
@@ -54,8 +55,9 @@ def load_cuda_artifact(
             raise UnsupportedError("an artifact with a surgery is not loaded onto a GPU yet; use device='cpu'")
         load_operators(graph.operator_libraries)
         _check_kernels([_LOOKUP, _CUMSUM])
-        free, _ = torch.cuda.mem_get_info(where)
-        memory_bytes = max(0, free - _RESERVE_BYTES) if device_memory_bytes is None else device_memory_bytes
+        memory_bytes = (
+            max(0, _free_bytes(where) - _RESERVE_BYTES) if device_memory_bytes is None else device_memory_bytes
+        )
         layout = plan_layout(manifest, placement, memory_bytes)
         data = verified.weights.map()
         scripted = load_torchscript(manifest, graph, verified.contents[graph.path], _bytes(0, torch.device("cpu")))
@@ -103,6 +105,16 @@ def _choose_graph(manifest: Manifest, backend: str) -> Graph:
     raise UnsupportedError(
         f"on a GPU the graph 'torchscript' runs, and '{backend}' was asked for; the artifact has: {has}"
     )
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What the device has left, and what torch keeps of it for tensors that are gone: it gives that back when it must."""
+    free, _ = torch.cuda.mem_get_info(device)
+    stats = torch.cuda.memory_stats(device)
+    reserved, active, split = (
+        stats.get(f"{name}_bytes.all.current", 0) for name in ("reserved", "active", "inactive_split")
+    )
+    return int(free + reserved - active - split)  # a part of a block that is in use stays
 
 
 def _check_kernels(operators: list[str]) -> None:

@@ -100,7 +100,7 @@ class DeviceArtifact(Artifact):
         """As `Artifact`'s, which looks the entities up on the host."""
         checked, unknown = self._entities.read(features, rows, unknown_ids, extra_features)
         request = _as_request(checked)
-        with on_stream(stream, self.device, request):
+        with on_stream(stream, self.device, (*request, out)):
             pooled = self._give(self._look_up_from_host(request), out)
         self._unknown.add(unknown)
         return Pooled(pooled, self._columns, self.manifest.artifact_id, {}, unknown)
@@ -132,7 +132,7 @@ class DeviceArtifact(Artifact):
             InvalidInputError: naming feature, position, value and what is allowed.
         """
         request = Request(values, lengths, per_sample_weights)
-        with on_stream(stream, self.device, request):
+        with on_stream(stream, self.device, (*request, out)):
             if self.is_plain(request) and values.numel() and lengths.numel():
                 return self._give(self._look_up_there(request), out)
             return self._give(self._look_up_from_host(self.check_on_host(request)), out)

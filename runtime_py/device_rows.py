@@ -4,6 +4,9 @@ The rows come from the read-only mapping. To the device they go through page-loc
 filled by one thread while the device copies others; where the device shares memory with the host, threads pad them right
 into it. Memory stays bounded: buffers are used again, and pages of the mapping are let go.
 
+FBGEMM's CUDA kernels decode int8 and int4 rows in fp16: `fma(code * 2**-9, scale * 512, bias)`, rounded once
+(`dequantize_permuted_int8` and `_int4` in its vecn.cuh). Rows whose numbers are beyond that are refused on their way.
+
 Nothing here needs a GPU: a destination on the CPU is filled the same way, and tests read it back.
 """
 
@@ -11,17 +14,21 @@ import mmap
 from collections.abc import Iterator, Mapping
 from queue import SimpleQueue
 
+import numpy as np
 import torch
 
 from runtime_py.device_layout import DeviceLayout, PlacedTable
-from runtime_py.manifest import Table
+from runtime_py.errors import UnsupportedError
+from runtime_py.manifest import ROW_FORMATS, Table
 from runtime_py.parallel import map_ordered
 
-__all__ = ["CHUNK_BYTES", "copy_rows", "pad_rows", "padded_rows", "strip_rows"]
+__all__ = ["CHUNK_BYTES", "check_decodable", "copy_rows", "pad_rows", "padded_rows", "strip_rows"]
 
 CHUNK_BYTES = 4 << 20
 _RELEASE_BYTES = 256 << 20
 _BUFFERS_A_THREAD = 2  # one is filled while the device copies the other
+_FP16_MOST = 65504.0
+_MOST_SCALE = _FP16_MOST / 512
 
 
 def pad_rows(rows: torch.Tensor, padded: torch.Tensor) -> None:
@@ -32,6 +39,33 @@ def pad_rows(rows: torch.Tensor, padded: torch.Tensor) -> None:
     source, target = rows.numpy(), padded.numpy()
     target[:, : source.shape[1]] = source
     target[:, source.shape[1] :] = 0
+
+
+def check_decodable(table: Table, rows: torch.Tensor, first: int) -> None:
+    """Refuses quantized rows that a GPU would decode to something else than a number.
+
+    Args:
+        table: what `rows` are of.
+        rows: canonical, uint8 [n, R], on the CPU.
+        first: the number of the first of them.
+
+    Raises:
+        UnsupportedError: naming the row.
+    """
+    row_format = ROW_FORMATS[table.serving_precision]
+    if not row_format.scale_bias_bytes:
+        return
+    scale, bias = rows[:, : row_format.scale_bias_bytes].contiguous().numpy().view(np.float16).T.astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        top = bias + scale * ((1 << row_format.bits) - 1)
+    fine = (np.abs(scale) <= _MOST_SCALE) & (np.abs(bias) <= _FP16_MOST) & (np.abs(top) <= _FP16_MOST)  # no NaN, either
+    if not fine.all():
+        row = int(np.flatnonzero(~fine)[0])
+        raise UnsupportedError(
+            f"table '{table.name}', row {first + row}: {table.serving_precision} with scale {scale[row]:g} and bias "
+            f"{bias[row]:g}, which FBGEMM's CUDA kernel cannot decode, as it does so in fp16 (a scale up to "
+            f"{_MOST_SCALE:g}, values up to {_FP16_MOST:g}); use device='cpu', or build it with serving_precision fp32"
+        )
 
 
 def padded_rows(memory: torch.Tensor, placed: PlacedTable) -> torch.Tensor:
@@ -88,6 +122,9 @@ def copy_rows(
         memories: by location, uint8: "device" on the device, "uvm" and "uvm_cache" a view of shared memory on the CPU.
         threads: how many read and pad.
         chunk_bytes: the largest part that is copied at a time; a row may be larger.
+
+    Raises:
+        UnsupportedError: a row cannot be decoded there (`check_decodable`).
     """
     device = memories["device"].device
     total = released = 0
@@ -103,9 +140,14 @@ def copy_rows(
         staged = placed.location == "device"
 
         def copy(
-            piece: slice, rows: torch.Tensor = rows, destination: torch.Tensor = destination, staged: bool = staged
+            piece: slice,
+            table: Table = placed.table,
+            rows: torch.Tensor = rows,
+            destination: torch.Tensor = destination,
+            staged: bool = staged,
         ) -> int:
             target = destination[piece]
+            check_decodable(table, rows[piece], piece.start)
             if staged:
                 buffer = buffers.get()
                 buffer.wait()

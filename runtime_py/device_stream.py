@@ -3,9 +3,10 @@
 On a device that is none of CUDA's each does the same in its plain form, so that tests run what stands around them on a CPU.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import Lock
+from typing import Any
 
 import torch
 
@@ -47,13 +48,19 @@ class Order:
 
     def __enter__(self) -> None:
         self._lock.acquire()
-        if self._done is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._done)
+        try:
+            if self._done is not None:
+                torch.cuda.current_stream(self._device).wait_event(self._done)
+        except BaseException:  # a device that is lost must not make the others wait for ever
+            self._lock.release()
+            raise
 
     def __exit__(self, *_: object) -> None:
-        if self._done is not None:
-            self._done.record(torch.cuda.current_stream(self._device))
-        self._lock.release()
+        try:
+            if self._done is not None:
+                self._done.record(torch.cuda.current_stream(self._device))
+        finally:
+            self._lock.release()
 
 
 def pack(request: Request, device: torch.device) -> Request:
@@ -76,20 +83,23 @@ def pack(request: Request, device: torch.device) -> Request:
 
 
 def on_stream(
-    stream: "torch.cuda.Stream | None", device: torch.device, request: Request
+    stream: "torch.cuda.Stream | None", device: torch.device, parts: Sequence[Any]
 ) -> AbstractContextManager[object]:
-    """Work on `stream`, after what the caller's current one holds by now; or on the device's current stream."""
+    """Work on `stream`, after what the caller's current one holds by now; or on the device's current stream.
+
+    `parts` are what the work reads and writes: the tensors among them that lie on the device may be dropped before its end.
+    """
     if device.type != "cuda":
         return nullcontext()
-    return torch.cuda.device(device) if stream is None else _on_other_stream(stream, device, request)
+    return torch.cuda.device(device) if stream is None else _on_other_stream(stream, device, parts)
 
 
 @contextmanager
-def _on_other_stream(stream: "torch.cuda.Stream", device: torch.device, request: Request) -> Iterator[None]:
+def _on_other_stream(stream: "torch.cuda.Stream", device: torch.device, parts: Sequence[Any]) -> Iterator[None]:
     if stream.device != device:
         raise ValueError(f"the stream is of {stream.device}, and the artifact lies on {device}")
     stream.wait_stream(torch.cuda.current_stream(device))
-    for part in request:
+    for part in parts:
         if isinstance(part, torch.Tensor) and part.device == device:
             part.record_stream(stream)  # or its memory could go to others before
     with torch.cuda.stream(stream):

@@ -26,7 +26,7 @@ from runtime_py.device_layout import LOCATIONS, CacheLayout, DeviceLayout, plan_
 from runtime_py.device_stream import pack
 from runtime_py.inputs import Request
 
-DIMS = {"fp32": [1, 3, 4, 33], "fp16": [1, 5, 8, 65], "int8": [2, 10, 66], "int4": [4, 12, 100], "int2": [8, 24, 72]}
+DIMS = {"fp32": [1, 3, 4, 33], "fp16": [1, 5, 8, 65], "int8": [2, 10, 66], "int4": [4, 12, 100]}
 ROWS = 50
 CACHED_FEATURES = {"f0": "y", "f1": "tiny", "f2": "x", "f3": "y"}
 
@@ -312,12 +312,16 @@ def test_a_lookup_of_fixed_shape_answers_as_any_other(here: Artifact, there: Dev
 
 def test_a_lookup_of_fixed_shape_refuses_what_is_bad_and_goes_on(here: Artifact, there: DeviceArtifact) -> None:
     captured = there.capture(bags=2, ids=200)
-    for request in (draw(here, 1, 2, ROWS, ROWS + 1), draw(here, 1, 2)._replace(values=torch.tensor([0]))):
+    good = draw(here, 2, 2)
+    wrapped = [
+        good._replace(lengths=good.lengths.long() + step * 2**32) for step in (1, -1, 2)
+    ]  # int32 takes them for good
+    outside, too_few = draw(here, 1, 2, ROWS, ROWS + 1), draw(here, 1, 2)._replace(values=torch.tensor([0]))
+    for request in (outside, too_few, *wrapped):
         assert refusal(captured, request) == refusal(here, request)
     too_many = "a request of 3 bags a feature and {} ids does not fit a lookup that was captured for 2 bags and at most 200 ids"  # noqa: E501
     request = draw(here, 1, 3)
     assert refusal(captured, request) == too_many.format(request.values.numel())
-    good = draw(here, 2, 2)
     assert same_bits(captured(*good), here.lookup(*good))
 
 

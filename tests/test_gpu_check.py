@@ -71,11 +71,13 @@ def test_a_dry_run_takes_its_steps_and_writes_both_reports(tmp_path: Path) -> No
     assert report["passed"] is True
     assert report["device"] == "none: a dry run on a CPU"
     titles = [result["check"] for result in report["checks"]]
-    for precision in ("fp32", "fp16", "int8", "int4", "int2"):
+    for precision in ("fp32", "fp16", "int8", "int4"):
         assert {f"rows read back, {precision}", f"parity, {precision}, device", f"speed, {precision}"} <= set(titles)
     parity = next(result["figures"] for result in report["checks"] if result["check"] == "parity, int4, device")
     assert parity["values_unlike_cpu"] == 0
     assert 0 < parity["largest_share_of_bound"] < 1
+    golden = report["checks"][0]["figures"]
+    assert (golden["largest_error"], golden["wrong_int2_values"]) == (0, 0)
     page = path.with_suffix(".md").read_text()
     assert page == done.stdout.removesuffix("\n")
     assert "all passed" in page.splitlines()[0]
@@ -125,3 +127,29 @@ def test_what_differs_is_found(script: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(CheckError, match=r"bags: .* from eager on the device"):
         check_parity(Context(device, tmp_path, load_damaged), "int8", "device")
     check_rows(Context(device, tmp_path, load), "int8")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+def test_rows_that_a_gpu_decodes_in_fp16_are_held_to_that(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """The reference of a GPU, held against a CPU: the CPU's answer is within its bound, and is no answer of a GPU's."""
+    import gpu_checks
+
+    device, load = script.choose_device("cpu")
+    context = gpu_checks.Context(device, tmp_path, load)
+    folder = context.artifact(precision, weighted=True)
+    reference = gpu_checks.Reference(context, folder)
+    reference._stored = gpu_checks.decode(reference.manifest, folder, in_fp16=True)
+    request = gpu_checks.draw(reference.manifest, 3, 33, 12)
+    pooled, bound, unlike = gpu_checks._eager(reference.manifest, reference._stored, request, device)
+    on_cpu = reference.here.lookup(*request)
+    assert bool(((on_cpu.double() - pooled).abs() <= bound + unlike).all())
+    if precision == "fp16":  # decoded alike
+        assert not unlike.any()
+        reference.check(request, on_cpu, "the CPU's")
+        return
+    assert bool((unlike > 20 * bound).any())
+    with pytest.raises(gpu_checks.CheckError, match=r"^the CPU's: .* from eager on the device$"):
+        reference.check(request, on_cpu, "the CPU's")
+    reference.check(request, pooled.float(), "a GPU's")

@@ -125,8 +125,20 @@ def random_rows(table: Table) -> Iterator[bytes]:
         yield np.roll(rows, number, axis=0)[: table.num_embeddings - start].tobytes()
 
 
-def dequantized(manifest: Manifest, folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By table: what its rows mean, float64 [E, D], and the sum of the magnitudes of the terms of each value."""
+@dataclass(frozen=True)
+class Decoded:
+    """The rows of a table as a device decodes them, float64 [E, D].
+
+    `terms` are the sums of the magnitudes of the terms of each value, `unlike_cpu` how far it is from what a CPU decodes.
+    """
+
+    values: np.ndarray
+    terms: np.ndarray
+    unlike_cpu: np.ndarray
+
+
+def decode(manifest: Manifest, folder: Path, *, in_fp16: bool) -> dict[str, Decoded]:
+    """The rows of each table; quantized ones are rounded to fp16 where the device decodes them so (FBGEMM's CUDA kernel)."""
     data = np.fromfile(folder / WEIGHTS, np.uint8, offset=manifest.weights_offset_bytes)
     result = {}
     for table in manifest.tables:
@@ -134,12 +146,14 @@ def dequantized(manifest: Manifest, folder: Path) -> dict[str, tuple[np.ndarray,
         row_format = ROW_FORMATS[table.serving_precision]
         if not row_format.scale_bias_bytes:
             values = stored.view(np.float32 if row_format.bits == 32 else np.float16).astype(np.float64)
-            result[table.name] = values, np.abs(values)
+            result[table.name] = Decoded(values, np.abs(values), np.zeros_like(values))
             continue
         scale, bias = stored[:, :4].copy().view(np.float16).astype(np.float64).T[:, :, None]
         codes = stored[:, 4:, None] >> np.arange(0, 8, row_format.bits, dtype=np.uint8) & (1 << row_format.bits) - 1
         products = codes.reshape(table.num_embeddings, -1)[:, : table.embedding_dim] * scale
-        result[table.name] = products + bias, np.abs(products) + np.abs(bias)
+        exact = products + bias
+        values = exact.astype(np.float16).astype(np.float64) if in_fp16 else exact
+        result[table.name] = Decoded(values, np.abs(products) + np.abs(bias), np.abs(values - exact))
     return result
 
 
