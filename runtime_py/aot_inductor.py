@@ -3,6 +3,8 @@
 The rows are one of these constants, fed as they are mapped, without a copy; all others are small, and follow from the
 manifest. torch does not check what it is fed: sizes and types are right here or nowhere. The library is opened by its
 path, in the folder of the artifact: torch writes nothing to a temporary folder then.
+
+torch holds the interpreter's lock while a compiled graph runs: the process's other Python threads wait for it.
 """
 
 import ctypes
@@ -23,6 +25,8 @@ __all__ = ["HOST", "ISAS", "check_isa", "load_aot_inductor", "make_constants"]
 HOST = 3  # fbgemm EmbeddingLocation.HOST: rows are read from `weights` in host memory
 _MODEL = "model"  # what torch calls the one model of a package
 _MOST_RUNNERS = 16  # each serves a thread at a time
+_OF_MEANS = "column_features"  # a constant of graphs that pool by mean, and of no others
+_LOADS = itertools.count(1)  # of this process
 
 # The flags of /proc/cpuinfo that the levels of the x86-64 psABI add to the one before (v1 and v2 are older than AVX).
 _V3 = {
@@ -106,6 +110,15 @@ def _borrow(tensor: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
 
 
+def _detour(number: int) -> str:
+    """A part of a path that leads nowhere else, another one for every number.
+
+    The dynamic linker takes a path that it has opened before for the library that it opened there, whatever is there now, and
+    torch never closes one. Under a new path it compares the files. (torch takes "//" for "/".)
+    """
+    return "".join("/weights/.." if digit == "1" else "/." for digit in f"{number:b}")
+
+
 def load_aot_inductor(
     manifest: Manifest, graph: Graph, artifact: Path, weights: torch.Tensor
 ) -> Callable[..., torch.Tensor]:
@@ -125,10 +138,12 @@ def load_aot_inductor(
     try:
         # The class that torch's own loader wraps; that one would first import the compiler.
         runners = min(_MOST_RUNNERS, os.cpu_count() or 1)
-        loader = torch._C._aoti.AOTIModelPackageLoader(str(artifact / graph.path), _MODEL, False, runners, -1)
+        folder = f"{artifact}{_detour(next(_LOADS))}/{graph.path}"
+        loader = torch._C._aoti.AOTIModelPackageLoader(folder, _MODEL, False, runners, -1)
         names = loader.get_constant_fqns()
         unknown = sorted(set(names) - constants.keys())
-        if unknown or "weights" not in names:
+        means = any(feature.pooling == "mean" for feature in manifest.features)
+        if unknown or "weights" not in names or (_OF_MEANS in names) != means:
             raise GraphError(f"{graph.path} was built for other rows: its constants are {', '.join(sorted(names))}")
         # In use, all, not copied.
         loader.load_constants({name: _borrow(constants[name]) for name in names}, False, True, True)
@@ -138,7 +153,10 @@ def load_aot_inductor(
     def run(*inputs: torch.Tensor) -> torch.Tensor:
         if len(inputs) > 2 and inputs[2].numel() != inputs[0].numel():  # compiled code reads as many as there are ids
             raise ValueError(f"per_sample_weights: {inputs[2].numel()} weights for {inputs[0].numel()} values")
-        [pooled] = loader.boxed_run([tensor.contiguous() for tensor in inputs])  # it reads them as if they were
+        held = [tensor.contiguous() for tensor in inputs]  # it reads them as if they were
+        # Held until it has ended: to free one inside is to give the interpreter's lock away and to wait for it again, while
+        # whoever has it waits in there for a runner.
+        [pooled] = loader.boxed_run(list(held))
         return pooled
 
     run.constants = constants  # type: ignore[attr-defined]  # the graph has their addresses, and this keeps them alive

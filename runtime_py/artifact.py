@@ -7,6 +7,7 @@ mapping to it and warms it up. Nothing is copied: N processes that load one arti
 import mmap
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -126,6 +127,7 @@ class Artifact:
             raise UnsupportedError(f"a graph of {self.backend} does not show what it pools; use torchscript")
         checked = self._checker.check(values, lengths, per_sample_weights)
         pooled: torch.Tensor = graph.pool(checked.values, checked.lengths, checked.weights)
+        self._invalid.add(checked.replaced)
         return pooled
 
     def lookup_entities(
@@ -211,7 +213,7 @@ class Artifact:
 def load_artifact(
     path: str | os.PathLike[str],
     *,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     backend: str = "torchscript",
     verify: Verify = "full",
     invalid_ids: InvalidIds = "error",
@@ -232,7 +234,7 @@ def load_artifact(
         invalid_ids: "error" refuses a request with an id outside its table; "zero" gives that id a zero vector; "row:<k>"
             gives it row k, which every table must have. Whatever was replaced is counted by feature.
         threads: cores that a request of 8,192 ids and 2 MiB of rows or more may use, the caller's included; one
-            where there is a surgery.
+            where there is a surgery, or with "aot_inductor", which runs one lookup at a time.
         prefault: whether all rows and vocabularies are brought into memory now rather than at their first use.
         lock_memory: whether they are kept there; that brings them in, too, and needs RLIMIT_MEMLOCK.
         placement: on a GPU, where rows lie that do not fit into `device_memory_bytes`: "device" refuses, "uvm" leaves them in
@@ -247,6 +249,7 @@ def load_artifact(
         GraphError: its graph cannot run here, or does not fit its rows.
         ValueError: an option is none of these.
     """
+    device = str(device)
     if type(threads) is not int or threads < 1:
         raise ValueError(f"threads must be 1 or more, got {threads!r}")
     if device.partition(":")[0] == "cuda":
@@ -282,10 +285,14 @@ def load_artifact(
                 residency.prefault(file.mapping)
             if lock_memory:
                 residency.lock(file.mapping, file.path.name)
-    # What a surgery does with the other examples of a batch is its own affair.
-    team = Team(threads) if threads > 1 and manifest.surgery is None else None
+    # What a surgery does with the other examples of a batch is its own affair. Compiled graphs hold the interpreter's lock.
+    splits = threads > 1 and manifest.surgery is None and graph.backend == "torchscript"
+    team = Team(threads) if splits else None
     artifact = Artifact(manifest, graph.backend, run, invalid_ids, vocabularies, mapping, team)
-    artifact.warm_up(graph.path)
+    # On a thread of its own: the threads that torch's operators start for their caller are not there after a fork, and the
+    # child of a thread that has some waits for them for ever. The caller's autocast does not reach there, either.
+    with ThreadPoolExecutor(1) as apart:
+        apart.submit(artifact.warm_up, graph.path).result()
     return artifact
 
 

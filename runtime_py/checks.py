@@ -35,14 +35,18 @@ _UINT64 = np.dtype(np.uint64)
 class Checked(NamedTuple):
     """A request that may be looked up: private copies of the ids, int64 [N], and how many were replaced, by feature.
 
-    `offsets` are int64 [F * B + 1]. `lengths` are the caller's, int32, for graphs that measure bags themselves.
+    `offsets` are int64 [F * B + 1].
     """
 
     values: torch.Tensor
     offsets: torch.Tensor
-    lengths: torch.Tensor
     weights: torch.Tensor | None
     replaced: Mapping[str, int]
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """int32 [F * B], for graphs that measure bags themselves: not the caller's, which may have changed meanwhile."""
+        return self.offsets.diff().to(torch.int32)
 
 
 def parse_policy(name: str, policy: object, tables: Sequence[Table]) -> int | None:
@@ -94,8 +98,8 @@ class RequestChecker:
 
     def measure(
         self, values: Any, lengths: Any, weights: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Checks all but the ids: values int64 [N], the offsets [F * B + 1], lengths int32, weights float32, all contiguous.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Checks all but the ids: values int64 [N], the offsets of bags int64 [F * B + 1], weights float32, all contiguous.
 
         Raises:
             InvalidInputError: naming feature, position, value and what is allowed.
@@ -117,7 +121,7 @@ class RequestChecker:
         offsets = values.new_empty(bags + 1)
         if add_lengths(lengths, offsets) != count or bags % self._count:
             self._refuse_lengths(lengths, count)
-        return values, offsets, lengths, weights
+        return values, offsets, weights
 
     def check(self, values: Any, lengths: Any, weights: Any) -> Checked:
         """Checks a request in the raw signature, and copies its ids.
@@ -127,26 +131,20 @@ class RequestChecker:
         """
         return self.check_measured(*self.measure(values, lengths, weights))
 
-    def check_measured(
-        self, values: torch.Tensor, offsets: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None
-    ) -> Checked:
+    def check_measured(self, values: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None) -> Checked:
         """As `check`, with what `measure` has returned."""
         ids = values.new_empty(values.numel())
         if self.limits.copy_ids(values, offsets, ids):
-            return Checked(ids, offsets, lengths, weights, _NONE)
-        return self._replace(ids, offsets, lengths, weights)
+            return Checked(ids, offsets, weights, _NONE)
+        return self._replace(ids, offsets, weights)
 
-    def check_own(
-        self, ids: torch.Tensor, offsets: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None
-    ) -> Checked:
+    def check_own(self, ids: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None) -> Checked:
         """As `check_measured`, with `ids` [N] that nobody else has a view of: they need no copy."""
         if self.limits.has(ids, offsets):
-            return Checked(ids, offsets, lengths, weights, _NONE)
-        return self._replace(ids, offsets, lengths, weights)
+            return Checked(ids, offsets, weights, _NONE)
+        return self._replace(ids, offsets, weights)
 
-    def _replace(
-        self, ids: torch.Tensor, offsets: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None
-    ) -> Checked:
+    def _replace(self, ids: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None) -> Checked:
         ends = offsets.numpy()
         bags = (ends.size - 1) // self._count
         array, last = ids.numpy(), self.limits.last.numpy()
@@ -158,7 +156,7 @@ class RequestChecker:
 
             raise InvalidInputError(describe(self.features, ends, outside, tell))
         array[outside] = self._replacement
-        return Checked(ids, offsets, lengths, weights, count_ids(self.features, outside, ends[:-1:bags]))
+        return Checked(ids, offsets, weights, count_ids(self.features, outside, ends[:-1:bags]))
 
     def _check_weights(self, weights: Any, count: int) -> torch.Tensor | None:
         if (weights is not None) != bool(self.weighted):

@@ -12,7 +12,7 @@ __all__ = ["as_floats", "as_ids", "as_integers", "is_sequence"]
 
 def is_sequence(data: Any) -> bool:
     """Whether it has a length; text has none here."""
-    if isinstance(data, str | bytes):
+    if isinstance(data, str | bytes | bytearray):
         return False
     try:
         len(data)
@@ -27,18 +27,14 @@ def as_ids(where: str, bag: Any) -> np.ndarray:
     try:
         array = np.asarray(bag.detach().resolve_neg() if isinstance(bag, torch.Tensor) else bag)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise InvalidInputError(f"{where}: expected ids, got {bag!r:.80}") from error
+        raise InvalidInputError(f"{where}: expected ids, got {_show(bag)}") from error
     if array.ndim != 1:
         raise InvalidInputError(f"{where}: expected a flat sequence of ids, got shape {list(array.shape)}")
     if array.size == 0:
         return np.empty(0, np.int64)
-    if (
-        array.dtype.kind not in "iu"
-        or array.dtype == np.uint64
-        or (isinstance(bag, list | tuple) and bool in map(type, bag))
-    ):
+    if array.dtype.kind not in "iu" or array.dtype == np.uint64 or _has_booleans(bag):
         wrong = next((item for item in bag if not isinstance(item, int | np.integer) or isinstance(item, bool)), bag)
-        raise InvalidInputError(f"{where}: an id is a 64-bit integer, got {wrong!r:.80} ({array.dtype})")
+        raise InvalidInputError(f"{where}: an id is a 64-bit integer, got {_show(wrong)} ({array.dtype})")
     return array.astype(np.int64)
 
 
@@ -68,9 +64,10 @@ def _tensor(what: str, data: Any, expected: str) -> torch.Tensor:
         try:
             array = np.array(data)
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-            raise InvalidInputError(f"{what}: expected {expected}, got {data!r:.80}") from error
-        if array.dtype.kind not in "biuf" or array.dtype in (np.uint64, np.longdouble):
-            got = array.dtype if array.dtype.kind in "cuf" else f"{data!r:.80}"
+            raise InvalidInputError(f"{what}: expected {expected}, got {_show(data)}") from error
+        mixed = array.dtype.kind != "b" and _has_booleans(data)
+        if array.dtype.kind not in "biuf" or array.dtype in (np.uint64, np.longdouble) or mixed:
+            got = array.dtype if array.dtype.kind in "cuf" else _show(data)
             raise InvalidInputError(f"{what}: expected {expected}, got {got}")
         data = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
     if data.layout is not torch.strided or data.is_nested:
@@ -83,6 +80,18 @@ def _tensor(what: str, data: Any, expected: str) -> torch.Tensor:
         raise InvalidInputError(f"{what}: expected a tensor on the CPU, got one on {data.device}")
     tensor: torch.Tensor = data.detach().resolve_neg()
     return tensor
+
+
+def _has_booleans(data: Any) -> bool:
+    """Whether there is one among the items, which numpy takes for 0 or 1 beside numbers."""
+    if isinstance(data, np.ndarray | torch.Tensor):
+        return False
+    return not {bool, np.bool_}.isdisjoint(map(type, data)) if is_sequence(data) else isinstance(data, bytearray)
+
+
+def _show(data: Any) -> str:
+    """What came, in one line."""
+    return f"{' '.join(repr(data).split()):.80}"
 
 
 def _refuse_mask(what: str, data: Any) -> None:

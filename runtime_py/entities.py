@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from runtime_py.checks import ZERO, Checked, RequestChecker, count_ids, describe, parse_policy
-from runtime_py.errors import InvalidInputError
+from runtime_py.errors import InvalidInputError, VocabularyFileError
 from runtime_py.inputs import ExtraFeatures, RequestReader
 from runtime_py.manifest import Manifest
 from runtime_py.vocabulary import Vocabulary
@@ -39,6 +39,7 @@ class EntityReader:
         self._reader = reader
         self._checker = checker
         self._tables = {feature.name: feature.table for feature in manifest.features}
+        self._rows = {table.name: table.num_embeddings for table in manifest.tables}
         self._vocabularies = vocabularies
         self._with_vocabulary = [table for table in manifest.tables if table.name in vocabularies]
         self._replacements: dict[str, int | None] = {}
@@ -51,6 +52,7 @@ class EntityReader:
         Raises:
             InvalidInputError: naming feature, position, value and what is allowed.
             ValueError: `unknown_ids` is no policy.
+            VocabularyFileError: a vocabulary gives a row that its table does not have.
         """
         replacement = self._parse(unknown_ids)
         if rows is not None and not isinstance(rows, Mapping):
@@ -70,7 +72,7 @@ class EntityReader:
             request = self._reader.read({**by_name, **rows}, extra_features)
         else:
             request = self._reader.read(features, extra_features)
-        given, offsets_of_bags, lengths, weights = self._checker.measure(*request)
+        given, offsets_of_bags, weights = self._checker.measure(*request)
         values, offsets = given.numpy(), offsets_of_bags.numpy()
         ids, unknown = self._find(values, offsets, set(names))
         counts: dict[str, int] = {}
@@ -80,13 +82,13 @@ class EntityReader:
             bags = (offsets.size - 1) // len(self._tables)
             counts = count_ids(self._reader.features, unknown, offsets[:-1:bags])
             ids[unknown] = max(replacement, 0)  # any row that each table has, as the others are still to be checked
-        checked = self._checker.check_own(torch.from_numpy(ids), offsets_of_bags, lengths, weights)
+        checked = self._checker.check_own(torch.from_numpy(ids), offsets_of_bags, weights)
         if counts:
             ids[unknown] = replacement  # of `checked`, too
         return Translated(checked, counts)
 
     def _parse(self, unknown_ids: str) -> int | None:
-        if unknown_ids not in self._replacements:
+        if not isinstance(unknown_ids, str) or unknown_ids not in self._replacements:
             self._replacements[unknown_ids] = parse_policy("unknown_ids", unknown_ids, self._with_vocabulary)
         return self._replacements[unknown_ids]
 
@@ -101,9 +103,20 @@ class EntityReader:
                 found = self._vocabularies[table].rows(torch.from_numpy(np.array(values[start:end], np.int64)))
                 ids[start:end] = found.numpy()
                 unknown[start:end] = ids[start:end] == ZERO
+                self._check_found(ids[start:end], table)
             else:
                 ids[start:end] = values[start:end]
         return ids, unknown
+
+    def _check_found(self, rows: np.ndarray, table: str) -> None:
+        """A wrong row is the file's fault, not the caller's: its digest is not compared with verify="sizes"."""
+        most = self._rows[table] - 1
+        wrong = rows[(rows < ZERO) | (rows > most)]
+        if wrong.size:
+            raise VocabularyFileError(
+                f"vocabulary of table '{table}': gives row {wrong[0]}, outside [0, {most}]; the file is damaged: restore it "
+                "or build again"
+            )
 
     def _describe(self, values: np.ndarray, offsets: np.ndarray, unknown: np.ndarray) -> str:
         tables = list(self._tables.values())

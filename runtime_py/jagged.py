@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from runtime_py.errors import InvalidInputError
+
 try:
     from runtime_py import _jagged
 except ImportError as error:
@@ -45,9 +47,12 @@ def add_lengths(lengths: torch.Tensor, offsets: torch.Tensor) -> int:
     """Writes the sums of int32 [F * B] to int64 [F * B + 1], and returns the last one: -1 where a length is negative.
 
     Raises:
-        ValueError: a tensor has no memory.
+        InvalidInputError: a tensor has no memory.
     """
-    return _jagged.add_lengths(lengths.data_ptr(), offsets.numel() - 1, offsets.data_ptr())
+    try:
+        return _jagged.add_lengths(lengths.data_ptr(), offsets.numel() - 1, offsets.data_ptr())
+    except (ValueError, RuntimeError) as error:
+        raise _refused(error) from error
 
 
 def plan_pieces(offsets: torch.Tensor, features: int, pieces: int, ahead: int = 0) -> list[Piece]:
@@ -80,36 +85,51 @@ class Limits:
         """Copies int64 [N] to `ids` [N], which nobody else has a view of, and returns whether each is in its table.
 
         Raises:
-            ValueError: `ids` has another size than the offsets say, or `values` has no memory.
+            InvalidInputError: `ids` has another size than the offsets say, or `values` has no memory.
         """
         features = self._features
         bags = (offsets.numel() - 1) // features
-        return _jagged.copy_ids(
-            values.data_ptr(), offsets.data_ptr(), self._address, features, bags, ids.data_ptr(), ids.numel()
-        )
+        try:
+            return _jagged.copy_ids(
+                values.data_ptr(), offsets.data_ptr(), self._address, features, bags, ids.data_ptr(), ids.numel()
+            )
+        except (ValueError, RuntimeError) as error:
+            raise _refused(error) from error
 
     def has(self, ids: torch.Tensor, offsets: torch.Tensor) -> bool:
         """Whether each of int64 [N] is in its table."""
         return self.copy_ids(ids, offsets, ids)
 
     def cut_piece(self, values: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None, piece: Piece) -> Cut:
-        """One of the pieces of a request: int64 [N], weights float32 [N]."""
+        """One of the pieces of a request: int64 [N], weights float32 [N].
+
+        Raises:
+            InvalidInputError: `values` or `weights` has no memory.
+        """
         first, end, count = piece
         features = self._features
         ids = values.new_empty(count)
         piece_offsets = offsets.new_empty(features * (end - first) + 1)
         piece_weights = None if weights is None else weights.new_empty(count)
-        inside = _jagged.cut_piece(
-            values.data_ptr(),
-            0 if weights is None else weights.data_ptr(),
-            offsets.data_ptr(),
-            self._address,
-            features,
-            (offsets.numel() - 1) // features,
-            first,
-            end,
-            ids.data_ptr(),
-            0 if piece_weights is None else piece_weights.data_ptr(),
-            piece_offsets.data_ptr(),
-        )
+        try:
+            inside = _jagged.cut_piece(
+                values.data_ptr(),
+                0 if weights is None else weights.data_ptr(),
+                offsets.data_ptr(),
+                self._address,
+                features,
+                (offsets.numel() - 1) // features,
+                first,
+                end,
+                ids.data_ptr(),
+                0 if piece_weights is None else piece_weights.data_ptr(),
+                piece_offsets.data_ptr(),
+            )
+        except (ValueError, RuntimeError) as error:
+            raise _refused(error) from error
         return Cut(ids, piece_offsets, piece_weights, inside)
+
+
+def _refused(error: Exception) -> InvalidInputError:
+    """A tensor without memory, which `_jagged` refuses, or torch when it is asked for the address."""
+    return InvalidInputError(str(error).splitlines()[0])

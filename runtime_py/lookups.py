@@ -37,6 +37,7 @@ class Lookups:
         self._features = len(checker.features)
         self._row_bytes = sum(manifest.table[feature.table].row_bytes for feature in manifest.features) / self._features
         self._ahead = int(_AHEAD_BYTES / self._row_bytes)
+        self._has_surgery = manifest.surgery is not None
         self._lookup_checked: Graph | None = getattr(graph, "lookup_checked", None)
 
     def look_up(
@@ -52,34 +53,36 @@ class Lookups:
         Raises:
             InvalidInputError: naming feature, position, value and what is allowed.
         """
-        values, offsets, lengths, weights = self.checker.measure(values, lengths, weights)
+        values, offsets, weights = self.checker.measure(values, lengths, weights)
         if self.team is not None and self._is_large(values.numel()):
-            request = Checked(values, offsets, lengths, weights, {})
+            request = Checked(values, offsets, weights, {})
             pooled = self._run_pieces(self.team, request, out, check=True)
             if pooled is not None:
                 return pooled, request.replaced
-        checked = self.checker.check_measured(values, offsets, lengths, weights)
+        checked = self.checker.check_measured(values, offsets, weights)
         return self.run(checked, out), checked.replaced
 
     def run(self, checked: Checked, out: torch.Tensor | None) -> torch.Tensor:
         """Looks up a checked request."""
-        values, offsets, lengths, weights, _ = checked
-        if self.team is not None and self._is_large(values.numel()):
+        if self.team is not None and self._is_large(checked.values.numel()):
             pooled = self._run_pieces(self.team, checked, out, check=False)
             if pooled is not None:  # always: nothing is checked
                 return pooled
         if out is None:
-            return self._call(values, offsets, lengths, weights)
-        self._check_out(out, (offsets.numel() - 1) // self._features)
-        return out.copy_(self._call(values, offsets, lengths, weights))
+            return self._call(checked)
+        self._check_out(out, (checked.offsets.numel() - 1) // self._features)
+        return out.copy_(self._call(checked))
 
     def _is_large(self, count: int) -> bool:
         return count >= SPLIT_IDS and count * self._row_bytes >= SPLIT_BYTES
 
-    def _call(
-        self, values: torch.Tensor, offsets: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _call(self, checked: Checked) -> torch.Tensor:
+        if self._has_surgery and torch.is_autocast_enabled("cpu"):  # which would change what the module computes
+            with torch.autocast("cpu", enabled=False):
+                return self._call(checked)
+        values, offsets, weights, _ = checked
         if self._lookup_checked is None:
+            lengths = checked.lengths
             return self.graph(values, lengths) if weights is None else self.graph(values, lengths, weights)
         if weights is None:
             return self._lookup_checked(values, offsets)
@@ -89,7 +92,7 @@ class Lookups:
         self, team: Team, request: Checked, out: torch.Tensor | None, *, check: bool
     ) -> torch.Tensor | None:
         """None where `check` is asked, and some ids are outside."""
-        values, offsets, lengths, weights, _ = request
+        values, offsets, weights, _ = request
         features, count = self._features, values.numel()
         bags = (offsets.numel() - 1) // features
         if out is not None:
@@ -103,15 +106,11 @@ class Lookups:
         def run_piece(piece: Piece) -> None:
             if outside:
                 return
-            first, end, _ = piece
             cut = self.checker.limits.cut_piece(values, offsets, weights, piece)
             if check and not cut.inside:
                 outside.append(piece)
                 return
-            of_bags = lengths
-            if self._lookup_checked is None:
-                of_bags = lengths.view(features, bags)[:, first:end].reshape(-1)
-            pooled[first:end].copy_(self._call(cut.values, cut.offsets, of_bags, cut.weights))
+            pooled[piece.first : piece.end].copy_(self._call(Checked(cut.values, cut.offsets, cut.weights, {})))
 
         def run_piece_in_inference_mode(piece: Piece) -> None:
             with torch.inference_mode():
@@ -126,13 +125,15 @@ class Lookups:
         return pooled if out is None or pooled is out else out.copy_(pooled)
 
     def _check_out(self, out: torch.Tensor, bags: int) -> None:
-        if not isinstance(out, torch.Tensor) or out.dtype is not torch.float32 or out.device.type != "cpu":
-            got = f"{out.dtype} on {out.device}" if isinstance(out, torch.Tensor) else type(out).__name__
+        if type(out) is not torch.Tensor or out.dtype is not torch.float32 or out.device.type != "cpu":
+            got = f"{out.dtype} on {out.device}" if type(out) is torch.Tensor else type(out).__name__
             raise InvalidInputError(f"out: expected a float32 tensor on the CPU, got {got}")
         if out.shape != (bags, self.width):
             raise InvalidInputError(f"out: expected shape [{bags}, {self.width}], got {list(out.shape)}")
         if out.requires_grad or out.layout is not torch.strided or out.is_neg():
             raise InvalidInputError("out: expected a dense tensor without a gradient")
+        if out.is_inference() and not torch.is_inference_mode_enabled():
+            raise InvalidInputError("out: a tensor of torch.inference_mode can only be written in it")
         if not out.is_contiguous() and not _has_memory_for_each(out):
             raise InvalidInputError(
                 f"out: expected elements with memory of their own, got strides {list(out.stride())}"
@@ -154,7 +155,7 @@ def _has_memory_for_each(out: torch.Tensor) -> bool:
 def _overlaps(out: torch.Tensor, request: Checked) -> bool:
     """Whether the two may have memory in common."""
     start, end = _span(out)
-    parts = [request.values, request.lengths, *([] if request.weights is None else [request.weights])]
+    parts = [request.values, *([] if request.weights is None else [request.weights])]
     return any(start < part_end and part_start < end for part_start, part_end in map(_span, parts))
 
 

@@ -11,7 +11,7 @@ from runtime_py.errors import UnsupportedError
 __all__ = ["Pooled"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pooled:
     """The pooled embeddings of one batch: `values` float32 [B, sum(D)], and a view of them by output key.
 
@@ -33,6 +33,16 @@ class Pooled:
         """float32 [B, D] of one output key."""
         start, end = self.columns[key]
         return self.values[:, start:end]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle and copy, which know no read-only mappings."""
+        return Pooled, (
+            self.values,
+            dict(self.columns),
+            self.artifact_id,
+            dict(self.invalid_ids),
+            dict(self.unknown_ids),
+        )
 
     def to_dict(self) -> dict[str, torch.Tensor]:
         """float32 [B, D] by output key."""

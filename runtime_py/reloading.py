@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,9 +84,13 @@ class ReloadStatus:
 
 @dataclass(frozen=True)
 class _Serving:
+    """What serves; `invalid` and `unknown` are the counts of the versions before it."""
+
     artifact: Artifact
     pointer: Pointer
     since: float
+    invalid: Mapping[str, int]
+    unknown: Mapping[str, int]
 
 
 class ReloadingArtifact:
@@ -115,24 +120,27 @@ class ReloadingArtifact:
             ArtifactError: there is no current version, or it is refused.
             UnsupportedError: `device` is no CPU.
         """
-        if interval_s is not None and not interval_s > 0:
-            raise ValueError(f"interval_s must be greater than 0, or None, got {interval_s!r}")
-        if options.get("device", "cpu") != "cpu":
+        if interval_s is not None and not 0 < interval_s <= threading.TIMEOUT_MAX:
+            raise ValueError(
+                f"interval_s must be greater than 0 and at most {threading.TIMEOUT_MAX:.0f}, or None, got {interval_s!r}"
+            )
+        if str(options.get("device", "cpu")) != "cpu":
             # Golden cases are compared bit for bit, which is what graphs on a CPU answer.
             raise UnsupportedError(
-                f"device {options['device']!r}: a ReloadingArtifact serves from a CPU; on a GPU, load_artifact the version "
+                f"device '{options['device']}': a ReloadingArtifact serves from a CPU; on a GPU, load_artifact the version "
                 f"that {pointer} names, and start the server anew for the next"
             )
-        self._path, self._process = Path(pointer), os.getpid()
+        self._path, self._process = Path(pointer).absolute(), os.getpid()  # a server may change its folder
         self._allow_change, self._options = allow_signature_change, options
         self._loading = threading.Lock()  # of loads, never of requests
+        self._refresher: int | None = None  # the thread that holds it
         self._swaps = self._refusals = 0
         self._refusal: Refusal | None = None
         self._wait_looks = self._waited_looks = 0  # for another attempt; 0: there is none
         self._seen = _stamp(self._path)
         self._checked_at = time.time()
         found = read_pointer(self._path)
-        self._serving = _Serving(self._load(found, None), found, time.time())
+        self._serving = _Serving(self._load(found, None), found, time.time(), {}, {})
         _LOGGER.info("%s: serving version %s", self._path, found.version)
         self._stop = threading.Event()
         weakref.finalize(self, self._stop.set)
@@ -170,6 +178,18 @@ class ReloadingArtifact:
         """As of `Artifact`; vocabulary and rows are of one version."""
         return self._serving.artifact.lookup_entities(features, **options)
 
+    @property
+    def invalid_id_counts(self) -> dict[str, int]:
+        """As of `Artifact`, of all versions that have served; what was in flight during a swap may be missing."""
+        serving = self._serving
+        return _add(serving.invalid, serving.artifact.invalid_id_counts)
+
+    @property
+    def unknown_id_counts(self) -> dict[str, int]:
+        """As `invalid_id_counts`, of entities that no vocabulary has."""
+        serving = self._serving
+        return _add(serving.unknown, serving.artifact.unknown_id_counts)
+
     # --- Refreshing -------------------------------------------------------------------------------------------------
 
     def refresh(self) -> bool:
@@ -179,33 +199,50 @@ class ReloadingArtifact:
 
         Raises:
             ArtifactError: why the version was refused; the old one keeps serving.
-            UnsupportedError: this process was forked from the one that made it, whose thread may have held the lock.
+            UnsupportedError: this process was forked from the one that made it, whose thread may have held the lock; or a
+                signal handler asks for it that has interrupted it.
         """
         if os.getpid() != self._process:
             raise UnsupportedError(
                 f"{self._path}: a ReloadingArtifact made in process {self._process} does not refresh in its fork "
                 f"{os.getpid()}; make one in each worker, after the fork"
             )
+        if self._refresher == threading.get_ident():
+            raise UnsupportedError(
+                f"{self._path}: a refresh is under way in this thread, which a signal handler has interrupted; set an event "
+                "there, and refresh elsewhere"
+            )
         with self._loading:
-            self._seen, self._checked_at = _stamp(self._path), time.time()  # before it is read: it may change meanwhile
-            pointer = None
+            self._refresher = threading.get_ident()
             try:
-                pointer = read_pointer(self._path)
-                serving = self._serving.pointer
-                if (pointer.version, pointer.manifest_digest) == (serving.version, serving.manifest_digest):
-                    self._serving = dataclasses.replace(self._serving, pointer=pointer)
-                    self._refusal, self._wait_looks = None, 0
-                    return False
-                candidate = self._load(pointer, self._serving.artifact.manifest)
-            except Exception as error:
-                if threading.current_thread() is self._thread and (self._stop.is_set() or _SHUTDOWN in str(error)):
-                    raise  # the process ends, which is not the version's fault
-                self._wait_looks = min(max(2 * self._wait_looks, 1), _MOST_LOOKS) if _may_pass(error) else 0
-                self._waited_looks = 0
-                self._refuse(None if pointer is None else pointer.version, error)
-                raise
-            self._swap(_Serving(candidate, pointer, time.time()))
-            return True
+                return self._follow()
+            finally:
+                self._refresher = None
+
+    def _follow(self) -> bool:
+        self._seen, self._checked_at = _stamp(self._path), time.time()  # before it is read: it may change meanwhile
+        pointer = None
+        try:
+            pointer = read_pointer(self._path)
+            serving = self._serving.pointer
+            if (pointer.version, pointer.manifest_digest) == (serving.version, serving.manifest_digest):
+                self._serving = dataclasses.replace(self._serving, pointer=pointer)
+                self._refusal, self._wait_looks = None, 0
+                return False
+            candidate = self._load(pointer, self._serving.artifact.manifest)
+        except Exception as error:
+            if threading.current_thread() is self._thread and (self._stop.is_set() or _SHUTDOWN in str(error)):
+                raise  # the process ends, which is not the version's fault
+            self._wait_looks = min(max(2 * self._wait_looks, 1), _MOST_LOOKS) if _may_pass(error) else 0
+            self._waited_looks = 0
+            self._refuse(None if pointer is None else pointer.version, error)
+            raise
+        old = self._serving
+        invalid = _add(old.invalid, old.artifact.invalid_id_counts)
+        unknown = _add(old.unknown, old.artifact.unknown_id_counts)
+        del old
+        self._swap(_Serving(candidate, pointer, time.time(), invalid, unknown))
+        return True
 
     def status(self) -> ReloadStatus:
         """What serves, since when, and what was refused."""
@@ -300,6 +337,11 @@ def _watch(reference: "weakref.ref[ReloadingArtifact]", stop: threading.Event, i
             return
         reloading._look()
         del reloading
+
+
+def _add(before: Mapping[str, int], counts: Mapping[str, int]) -> dict[str, int]:
+    """The sums by feature, of every feature that either has."""
+    return {name: before.get(name, 0) + counts.get(name, 0) for name in {**before, **counts}}
 
 
 def _may_pass(error: BaseException | None) -> bool:

@@ -189,6 +189,12 @@ class TensorFile:
         `mapping`, which is set here.
         """
         mapping: Any = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)
+        expected = len(self._header) + sum(tensor.shape[0] * tensor.row_bytes for tensor in self._tensors.values())
+        if len(mapping) != expected:  # to read behind the end of a file is to be killed
+            raise self.error(
+                f"{self.path}: is {len(mapping)} bytes, expected {expected}: it changed while it was loaded; put another "
+                "version in its place by a rename, never in the file"
+            )
         self.mapping = mapping
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from runtime_py.convert import as_integers
 from runtime_py.digests import Digest
 from runtime_py.errors import GraphError, InvalidInputError, VocabularyFileError
 from runtime_py.manifest import StoredVocabulary
@@ -19,7 +21,7 @@ from runtime_py.tensor_file import TensorFile
 __all__ = ["LIBRARY", "Vocabulary", "VocabularyFile"]
 
 LIBRARY = "fbgemm_gpu_tbe_inference"
-_SEARCHED_SLOTS = 1 << 16  # at a time
+_SEARCHED_SLOTS = 1 << 14  # at a time: torch divides 32,768 and more among threads, which no fork survives
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -72,26 +74,30 @@ class Vocabulary:
     def __repr__(self) -> str:
         return f"Vocabulary(table={self.table!r}, entities={self.entities})"
 
-    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+    def rows(self, ids: torch.Tensor | np.ndarray | Sequence[int]) -> torch.Tensor:
         """The rows of entities.
 
         Args:
-            ids: int64 [N] on the CPU, entity ids; narrower integers are widened.
+            ids: int64 [N] on the CPU, entity ids, as a tensor or as numpy or Python has them; narrower integers are widened.
 
         Returns:
             int64 [N], for each id its row, or -1 where the vocabulary does not have it (it never has the id -1).
 
         Raises:
-            InvalidInputError: `ids` is no such tensor.
+            InvalidInputError: `ids` are none.
         """
         if not isinstance(ids, torch.Tensor):
+            ids = as_integers(f"vocabulary of table '{self.table}': ids", ids)
+        if (
+            ids.dim() != 1
+            or ids.dtype not in _INTEGERS
+            or ids.device.type != "cpu"
+            or ids.layout is not torch.strided
+            or ids.is_nested
+        ):
             raise InvalidInputError(
-                f"vocabulary of table '{self.table}': ids are {type(ids).__name__}, expected a tensor"
-            )
-        if ids.dim() != 1 or ids.dtype not in _INTEGERS or ids.device.type != "cpu":
-            raise InvalidInputError(
-                f"vocabulary of table '{self.table}': ids are {list(ids.shape)} {ids.dtype} on {ids.device}, "
-                "expected [N] torch.int64 on cpu"
+                f"vocabulary of table '{self.table}': ids are {list(ids.shape)} {ids.dtype} on {ids.device}"
+                f"{'' if ids.layout is torch.strided else f', {ids.layout}'}, expected [N] torch.int64 on cpu"
             )
         return _lookup(ids.to(torch.int64).contiguous(), self._slots, self._span)  # of int32 ids FBGEMM finds none
 

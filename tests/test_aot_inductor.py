@@ -19,8 +19,10 @@ from export.aot_inductor import _unpack
 from export.errors import ConfigError, ExportError
 from export.triton import write_repository
 from runtime_py import DigestMismatchError, GraphError, UnsupportedError, aot_inductor, load_artifact, verify_artifact
+from runtime_py.aot_inductor import load_aot_inductor
 from runtime_py.golden import read_cases
 from runtime_py.manifest import AOT_INDUCTOR_FILES
+from runtime_py.manifest_reader import read_manifest
 
 pytestmark = [
     pytest.mark.slow,
@@ -108,6 +110,103 @@ def test_any_number_of_bags_and_ids_is_answered_as_by_torchscript(built, bags):
     weights = torch.randn(len(values), generator=generator)
     first, second = (artifact.lookup(values, lengths, weights) for artifact in artifacts)
     assert torch.equal(first.view(torch.int32), second.view(torch.int32))
+
+
+@pytest.fixture(scope="module")
+def pooled_otherwise(tmp_path_factory):
+    """Two artifacts whose compiled graphs, and nothing else, differ: sums, and means."""
+    folder, artifacts = tmp_path_factory.mktemp("poolings"), {}
+    table = {"name": "a", "num_embeddings": 9, "embedding_dim": 4, "data_type": "fp32"}
+    torch.save(state_dict(make_rows([table])), folder / "s.pt")
+    for pooling in ("sum", "mean"):
+        serving = {"graphs": ["torchscript", "aot_inductor"]}
+        tables = [table | {"pooling": pooling}]
+        config = write_config(
+            folder / f"{pooling}.yaml", folder / "s.pt", tables, serving=serving, parity={"batches": 1}
+        )
+        artifacts[pooling] = build_artifact(config, folder / pooling, workers=1).artifact
+    return artifacts
+
+
+@pytest.mark.parametrize("how", ["a link that moves on", "a folder that is replaced"])
+def test_what_took_the_place_of_an_artifact_is_what_answers(pooled_otherwise, tmp_path, how):
+    """The dynamic linker knows libraries by their path, and would give the first one again."""
+    current = tmp_path / "current"
+    request = torch.tensor([1, 2, 3]), torch.tensor([3], dtype=torch.int32)
+    for pooling in ("sum", "mean", "sum"):
+        if how == "a link that moves on":
+            current.unlink(missing_ok=True)
+            current.symlink_to(pooled_otherwise[pooling])
+        else:
+            if current.exists():
+                shutil.rmtree(current)
+            shutil.copytree(pooled_otherwise[pooling], current)
+        compiled, scripted = (
+            load_artifact(current, backend=backend).lookup(*request) for backend in ("aot_inductor", "torchscript")
+        )
+        assert torch.equal(compiled, scripted), pooling
+
+
+def test_a_graph_of_another_pooling_is_refused(pooled_otherwise, tmp_path):
+    """Its author has sealed it, so that no digest tells."""
+    for pooling, other in (("sum", "mean"), ("mean", "sum")):
+        manifest = read_manifest(pooled_otherwise[pooling])
+        graph = next(graph for graph in manifest.graphs if graph.backend == "aot_inductor")
+        weights = torch.zeros(manifest.weights_bytes, dtype=torch.uint8)
+        with pytest.raises(GraphError, match=f"^{graph.path} was built for other rows: its constants are "):
+            load_aot_inductor(manifest, graph, pooled_otherwise[other], weights)
+        load_aot_inductor(manifest, graph, pooled_otherwise[pooling], weights)
+
+
+def test_threads_whose_requests_are_no_contiguous_memory_do_not_wait_for_one_another(built):
+    """A temporary tensor that is freed inside a compiled graph gives the interpreter's lock away: a deadlock."""
+    done = subprocess.run(
+        [sys.executable, "-c", STRIDED, built.artifact], capture_output=True, text=True, check=False, timeout=100
+    )
+    assert (done.returncode, done.stdout) == (0, "2000\n"), done.stderr
+
+
+STRIDED = """
+import sys, threading
+import torch
+from runtime_py import load_artifact
+
+torch.set_num_threads(1)
+artifact = load_artifact(sys.argv[1], backend="aot_inductor")
+features = len(artifact.manifest.features)
+values = torch.zeros(2 * features * 100, dtype=torch.int64)
+lengths = torch.full((features,), 100, dtype=torch.int32)
+weights = torch.ones(features * 100)
+done = []
+
+def ask():
+    for _ in range(500):
+        artifact.graph(values[::2], lengths, weights)
+        done.append(None)
+
+threads = [threading.Thread(target=ask, daemon=True) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join(60)
+print(len(done), flush=True)
+"""
+
+
+def test_lengths_that_change_after_their_check_are_not_read_again(built):
+    loaded, scripted = (load_artifact(built.artifact, backend=backend) for backend in ("aot_inductor", "torchscript"))
+    features = len(built.manifest.features)
+    values, lengths = torch.zeros(2 * features, dtype=torch.int64), torch.full((features,), 2, dtype=torch.int32)
+    weights = torch.ones(2 * features)
+    expected = scripted.lookup(values, lengths, weights)
+    measure = loaded._lookups.checker.measure
+
+    def measure_and_change(*request):
+        measured = measure(*request)
+        lengths.fill_(100)
+        return measured
+
+    loaded._lookups.checker.measure = measure_and_change
+    assert torch.equal(loaded.lookup(values, lengths, weights), expected)
+    assert lengths[0] == 100
 
 
 def test_another_number_of_weights_than_ids_is_refused_before_compiled_code_reads_them(built):

@@ -19,8 +19,10 @@ import numpy as np
 import pytest
 import references
 import torch
-from support import FEATURES, TABLES, make_rows, state_dict, write_config
+from support import FEATURES, TABLES, make_rows, state_dict, surgery_state, write_config
 
+from export import build_artifact
+from export.surgery import NormalizeAndProject
 from runtime_py import (
     Artifact,
     GraphError,
@@ -28,9 +30,11 @@ from runtime_py import (
     Jagged,
     Pooled,
     UnsupportedError,
+    WeightFileError,
     load_artifact,
     verify_artifact,
 )
+from runtime_py import artifact as runtime_artifact
 from runtime_py.digests import Digest, sha256
 from runtime_py.manifest import (
     Feature,
@@ -708,3 +712,63 @@ def test_pages_that_are_released_are_mapped_again_when_they_are_needed(artifact_
     assert resident() == 0
     assert torch.equal(artifact(request).values, before)
     assert resident() > 0
+
+
+FORK_AFTER_A_LOAD = """
+import os, signal, sys
+import numpy as np
+import torch
+from runtime_py import load_artifact
+
+assert torch.get_num_threads() > 1
+artifact = load_artifact(sys.argv[1])
+features = len(artifact.manifest.features)
+values = torch.from_numpy(np.zeros(features * 20_000, np.int64))  # torch would start threads for them
+lengths = torch.from_numpy(np.full(features * 4_000, 5, np.int32))
+child = os.fork()
+if not child:
+    signal.alarm(20)  # where it waits for threads that only its parent has
+    artifact.lookup(values, lengths)
+    artifact.graph(values, lengths)
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["plain", "with a vocabulary", "with a surgery"])
+def test_a_worker_may_be_forked_after_the_load(
+    request: pytest.FixtureRequest, built_artifact: Path, vocabulary_artifact: Path, tmp_path: Path, kind: str
+) -> None:
+    folder = {"plain": built_artifact, "with a vocabulary": vocabulary_artifact}.get(kind)
+    if folder is None:
+        tables = [{"name": "a", "num_embeddings": 500, "embedding_dim": 32, "data_type": "fp32"}]
+        module = NormalizeAndProject(keys=["a"], in_features=32, out_features=16)
+        torch.save(state_dict(make_rows(tables)) | surgery_state(module), tmp_path / "s.pt")
+        surgery = {"module": "export.surgery:NormalizeAndProject"}
+        surgery["kwargs"] = {"keys": ["a"], "in_features": 32, "out_features": 16}
+        config = write_config(tmp_path / "r.yaml", tmp_path / "s.pt", tables, surgery=surgery)
+        folder = build_artifact(config, tmp_path / "artifact", workers=1).artifact
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-W", "ignore", "-c", FORK_AFTER_A_LOAD, folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_file_that_is_cut_between_its_check_and_its_mapping_is_refused(
+    artifact_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To read behind its end would be to be killed."""
+    weights = artifact_copy / WEIGHTS
+    size = weights.stat().st_size
+    monkeypatch.setattr(runtime_artifact, "_load_operators", lambda graph: os.truncate(weights, 5000))
+    text = (
+        f"{weights}: is 5000 bytes, expected {size}: it changed while it was loaded; put another version in its place"
+    )
+    with pytest.raises(WeightFileError, match=f"^{re.escape(text)}"):
+        load_artifact(artifact_copy)
+
+
+def test_a_device_of_torch_is_a_device(built_artifact: Path) -> None:
+    assert load_artifact(built_artifact, device=torch.device("cpu")).backend == "torchscript"
+    with pytest.raises(UnsupportedError, match=r"^the artifact has no graph 'torchscript' for device 'tpu'; it has: "):
+        load_artifact(built_artifact, device="tpu")

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import FEATURES, TABLES, make_rows, state_dict, write_config
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from runtime_py import Artifact, InvalidInputError, Jagged, load_artifact
@@ -836,8 +838,6 @@ def test_ids_that_grow_while_weights_are_read_are_refused(weighted: Artifact) ->
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_tensor_without_memory_is_refused(weighted: Artifact, place: int) -> None:
     """Its address is 0, and compiled code would read there."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     values, lengths = raw(BAGS)
     request = [values, lengths, torch.ones(len(values))]
     with FakeTensorMode():
@@ -936,3 +936,47 @@ def test_the_order_of_the_features_makes_no_difference(artifact: Artifact, bags:
 @settings(deadline=None, max_examples=60)
 def test_a_call_by_name_is_a_lookup_in_the_raw_signature(artifact: Artifact, bags: Bags) -> None:
     assert torch.equal(artifact(bags).values, artifact.lookup(*raw(bags)))
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [[np.True_, 5], (5, True), deque([True, 5]), bytearray(b"\x01\x02")],
+    ids=["numpy", "tuple", "deque", "bytes"],
+)
+def test_a_truth_value_or_a_byte_among_numbers_is_no_id(artifact: Artifact, ids: Any) -> None:
+    refused(lambda: artifact(with_bags(user=[ids])), "feature 'user', bag 0: ")
+    refused(lambda: artifact(with_bags(user=Jagged(ids, [2]))), "feature 'user': values: expected int64 or int32, got ")
+    refused(lambda: artifact.lookup(ids, [2, 0, 0, 0, 0]), "values: expected int64 or int32, got ")
+    refused(lambda: artifact.lookup([0, 0], ids), "lengths: expected int64 or int32, got ")
+
+
+def test_what_came_is_shown_in_one_line(artifact: Artifact) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        artifact(with_bags(user=[np.arange(60, dtype=np.uint64)]))
+    assert "\n" not in str(caught.value)
+
+
+def test_tensors_without_memory_are_refused_as_bad_input(artifact: Artifact) -> None:
+    ones = torch.ones(5, dtype=torch.int32)
+    refused(
+        lambda: artifact.lookup(torch._efficientzerotensor(5, dtype=torch.int64), ones), "a request's tensor has no "
+    )
+    refused(
+        lambda: torch.func.vmap(lambda ids: artifact.lookup(ids, ones))(torch.zeros(2, 5, dtype=torch.int64)), "Cannot "
+    )
+
+
+def test_a_buffer_of_inference_mode_is_refused_outside_of_it(artifact: Artifact) -> None:
+    values, lengths = raw(BAGS)
+    shape = artifact.lookup(values, lengths).shape
+    with torch.inference_mode():
+        out = torch.empty(shape)
+        assert artifact.lookup(values, lengths, out=out) is out
+    refused(
+        lambda: artifact.lookup(values, lengths, out=out), "out: a tensor of torch.inference_mode can only be written"
+    )
+    with FakeTensorMode():
+        fake = torch.empty(shape)
+    refused(
+        lambda: artifact.lookup(values, lengths, out=fake), "out: expected a float32 tensor on the CPU, got FakeTensor"
+    )

@@ -1,5 +1,7 @@
 """Results in other forms."""
 
+import copy
+import pickle
 import sys
 from pathlib import Path
 
@@ -27,3 +29,18 @@ def test_without_torchrec_a_keyed_tensor_is_refused_with_what_does_without(
     monkeypatch.setitem(sys.modules, "torchrec.sparse.jagged_tensor", None)
     with pytest.raises(UnsupportedError, match=r"^a KeyedTensor needs torchrec, .*to_dict\(\) does without"):
         pooled.to_keyed_tensor()
+
+
+def test_a_result_can_be_copied_and_sent_to_another_process(built_artifact: Path) -> None:
+    artifact = load_artifact(built_artifact, invalid_ids="zero")
+    pooled = artifact({feature.name: [[10**9], [0]] for feature in artifact.manifest.features})
+    for other in (pickle.loads(pickle.dumps(pooled)), copy.deepcopy(pooled)):
+        assert torch.equal(other.values, pooled.values)
+        assert other.keys() == pooled.keys()
+        assert (other.artifact_id, other.columns, other.invalid_ids) == (
+            pooled.artifact_id,
+            pooled.columns,
+            pooled.invalid_ids,
+        )
+        assert other.invalid_ids["user"] == 1
+        assert pooled != other  # by identity: tensors have no truth

@@ -5,6 +5,7 @@ import errno
 import gc
 import itertools
 import logging
+import math
 import os
 import re
 import shutil
@@ -228,8 +229,47 @@ def test_options_reach_the_loader(root, second):
         publish_version(second, root)
         assert serving.refresh()
         assert serving(REQUEST | {"user": [[10**9], []]}).values[0, :8].tolist() == [0.0] * 8
-    with pytest.raises(ValueError, match="interval_s must be greater than 0, or None, got 0"):
-        ReloadingArtifact(root / "current.json", interval_s=0)
+    for interval in (0, -1, math.inf, math.nan, 1e10):
+        with pytest.raises(
+            ValueError, match=rf"^interval_s must be greater than 0 and at most \d+, or None, got {interval}"
+        ):
+            ReloadingArtifact(root / "current.json", interval_s=interval)
+
+
+def test_it_follows_a_relative_path_from_another_folder(root, second, monkeypatch):
+    monkeypatch.chdir(root)
+    with ReloadingArtifact("current.json", interval_s=None) as serving:
+        monkeypatch.chdir("/")
+        publish_version(second, root)
+        assert serving.refresh()
+
+
+def test_counts_go_on_over_a_swap(root, second):
+    with ReloadingArtifact(root / "current.json", interval_s=None, invalid_ids="zero") as serving:
+        for number in range(1, 4):
+            serving(REQUEST | {"user": [[10**9], []]})
+            assert serving.invalid_id_counts["user"] == number
+            if number == 1:
+                publish_version(second, root)
+                assert serving.refresh()
+        assert serving.current.invalid_id_counts["user"] == 2
+        assert set(serving.unknown_id_counts.values()) == {0}
+
+
+def test_a_signal_handler_that_interrupts_a_refresh_cannot_ask_for_another(root, serving, second, monkeypatch):
+    said = []
+
+    def interrupted(*arguments, **options):
+        with pytest.raises(UnsupportedError, match="a refresh is under way in this thread, which a signal handler has"):
+            serving.refresh()
+        said.append(None)
+        return load_artifact(*arguments, **options)
+
+    publish_version(second, root)
+    monkeypatch.setattr(reloading, "load_artifact", interrupted)
+    assert serving.refresh()
+    assert said
+    assert not serving.refresh()  # and the next one may
 
 
 @pytest.mark.parametrize("prefault", [True, False])

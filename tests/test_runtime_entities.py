@@ -1,6 +1,8 @@
 """Lookups of entity ids: found through the vocabularies, unknown ones refused or replaced, rows beside them."""
 
 import re
+import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from support import ENTITIES, FEATURES
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from runtime_py import Artifact, InvalidInputError, Jagged, load_artifact, lookups
+from runtime_py import Artifact, InvalidInputError, Jagged, VocabularyFileError, load_artifact, lookups
 
 UNKNOWN = 2**62 + 1
 ROWS: dict[str, list[list[int]]] = {"tag": [[6, 0], []], "age": [[], [0]]}
@@ -197,3 +199,19 @@ def test_a_large_request_of_entities_is_split_and_written_into_the_callers_buffe
     )
     assert pooled.values is out
     assert torch.equal(out, expected)
+
+
+def test_a_row_that_the_table_does_not_have_is_the_files_fault(vocabulary_artifact: Path, tmp_path: Path) -> None:
+    """With verify="sizes" no digest is compared."""
+    folder = Path(shutil.copytree(vocabulary_artifact, tmp_path / "artifact"))
+    path = folder / "vocab/user.safetensors"
+    data = bytearray(path.read_bytes())
+    start = data.index(struct.pack("<qq", ENTITIES["user"][3], 3))
+    for row in (300, -2):
+        data[start + 8 : start + 16] = struct.pack("<q", row)
+        path.write_bytes(data)
+        for policy in ("error", "zero"):
+            damaged = load_artifact(folder, verify="sizes", invalid_ids=policy)
+            text = rf"^vocabulary of table 'user': gives row {row}, outside \[0, 299\]; the file is damaged: restore it or "
+            with pytest.raises(VocabularyFileError, match=text):
+                damaged.lookup_entities(entities(ENTITY_ROWS), rows=ROWS)

@@ -9,7 +9,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import ENTITIES
@@ -74,7 +76,11 @@ def test_the_default_device_of_the_process_does_not_matter(vocabulary_artifact: 
 @pytest.mark.parametrize(
     ("ids", "what"),
     [
-        ([1, 2], "ids are list, expected a tensor"),
+        ([1.5], "ids: expected int64 or int32, got float64"),
+        ([1, True], "ids: expected int64 or int32, got [1, True]"),
+        (np.array([2**63], np.uint64), "ids: expected int64 or int32, got uint64"),
+        ([[1]], "ids: expected one dimension, got shape [1, 1]"),
+        (torch.tensor([1]).to_sparse(), "ids are [1] torch.int64 on cpu, torch.sparse_coo, expected"),
         (torch.tensor([1.0]), "ids are [1] torch.float32 on cpu, expected [N] torch.int64 on cpu"),
         (torch.tensor([True]), "ids are [1] torch.bool on cpu, expected"),
         (torch.tensor([[1]]), "ids are [1, 1] torch.int64 on cpu, expected"),
@@ -86,6 +92,12 @@ def test_the_default_device_of_the_process_does_not_matter(vocabulary_artifact: 
 def test_what_is_no_vector_of_integers_is_refused(users: Vocabulary, ids: torch.Tensor, what: str) -> None:
     with pytest.raises(InvalidInputError, match=re.escape(f"vocabulary of table 'user': {what}")):
         users.rows(ids)
+
+
+@pytest.mark.parametrize("kind", [list, np.array, lambda ids: np.array(ids, ">i8"), tuple])
+def test_ids_may_be_numpys_or_pythons(users: Vocabulary, kind: Callable[[list[int]], Any]) -> None:
+    assert users.rows(kind([*ENTITIES["user"][:3], 17])).tolist() == [0, 1, 2, -1]
+    assert users.rows([]).tolist() == []
 
 
 def test_threads_may_ask_one_vocabulary_at_once(users: Vocabulary) -> None:

@@ -172,6 +172,17 @@ def test_the_committed_example_builds_from_a_snapshot_that_has_its_parameters(tm
     assert torch.allclose(answer["item_id"][0], rows[2], atol=0.02)
 
 
+def test_autocast_of_the_caller_changes_no_answer(projected: Path) -> None:
+    artifact = load_artifact(projected)
+    lengths = torch.full((len(artifact.manifest.features) * 3,), 4, dtype=torch.int32)
+    values = torch.zeros(4 * len(lengths), dtype=torch.int64)
+    expected = artifact.lookup(values, lengths)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(artifact.lookup(values, lengths), expected)
+        assert torch.equal(load_artifact(projected).lookup(values, lengths), expected)
+        assert torch.is_autocast_enabled("cpu")
+
+
 @pytest.mark.parametrize("bags", [0, 1, 2, 40])
 def test_a_batch_of_any_size_has_a_row_for_each_example(projected: Path, bags: int) -> None:
     artifact = load_artifact(projected)
