@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 REFUSED = "release"  # the type of the errors raised here
+_MOST_LEVELS = 64  # in arguments, which lie a few levels deep in a manifest
 _MODULE_DICT = torch.nn.ModuleDict()
 
 
@@ -79,8 +80,10 @@ def check_json(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_published(value: dict[str, Any]) -> dict[str, Any]:
-    """The manifest keeps arguments as they are: no integer that it has no place for, and nothing that is to stay secret."""
+    """The manifest keeps arguments as they are: nothing that it has no place for, and nothing that is to stay secret."""
     for at, part in _parts(value):
+        if len(at) >= _MOST_LEVELS:
+            raise error_at(f"nested {len(at)} deep, at most {_MOST_LEVELS} are kept", *at[:1])
         if type(part) is int and not -(2**63) <= part < 2**63:
             raise error_at(
                 f"expected an integer that fits in signed 64 bits, got {part}; write a float, or a text", *at

@@ -14,7 +14,8 @@ one row for every 128.
 
 Ids outside their table are taken out before that, with their weights, and count in a mean. Lengths that are negative, that
 do not add up to N or that F does not divide raise in ONNX Runtime (Reshape; in the first two cases it is the node
-`lengths_add_up`), before anything is looked up; and its operators check every index that they are given.
+`lengths_add_up`), before anything is looked up, and so does another number of weights than N (`weights_add_up`); and its
+operators check every index that they are given.
 
 How far from TorchScript. The order of the additions is another one (that of ReduceSum depends on the number of threads and
 of pieces, so that a bag may differ in its last bits from batch to batch), a product with a weight is rounded before it is
@@ -230,7 +231,15 @@ def _read_batch(graph: _Graph, slots: Sequence[_Slot], *, weighted: bool) -> _Ba
     lengths = add("Max", graph.cast("lengths", "INT64"), constant([0]))
     by_feature = add("Reshape", lengths, constant([features, -1]))
     total = add("ReduceSum", lengths, constant([0]))
-    values = add("Reshape", "values", total, name="lengths_add_up", allowzero=1)
+    negative = add(
+        "ReduceSum", graph.cast(add("Less", graph.cast("lengths", "INT64"), constant(0)), "INT64"), constant([0])
+    )
+    # -2 is no shape, and so no values have it.
+    expected = add("Where", add("Greater", negative, constant(0)), constant([-2]), total)
+    values = add("Reshape", "values", expected, name="lengths_add_up", allowzero=1)
+
+    # ONNX Runtime does not hold two inputs of one size to that, and Compress passes over what is too much.
+    weights = add("Reshape", "per_sample_weights", total, name="weights_add_up", allowzero=1) if weighted else ""
 
     # The limit of every value: the differences between features, added up along the values.
     limits = np.array([slot.table.num_embeddings for slot in slots])
@@ -255,7 +264,7 @@ def _read_batch(graph: _Graph, slots: Sequence[_Slot], *, weighted: bool) -> _Ba
     return _Batch(
         bags=add("Shape", by_feature, start=1),
         ids=add("Compress", values, inside, axis=0),
-        weights=add("Compress", "per_sample_weights", inside, axis=0) if weighted else "",
+        weights=add("Compress", weights, inside, axis=0) if weighted else "",
         lengths=kept_lengths,
         starts=kept_starts,
         reciprocals=reciprocals,

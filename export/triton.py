@@ -87,6 +87,11 @@ def write_repository(
     repository = repository.resolve()
     if repository.is_relative_to(artifact.resolve()):
         raise ExportError(f"--repository: {repository} is inside the artifact, which never changes")
+    if repository.is_dir() and repository.stat().st_dev != repository.parent.stat().st_dev:
+        raise PublishError(
+            f"--repository: {repository} is a mount point, and a model is written beside the repository before it appears "
+            "there whole; name a folder below the mount point"
+        )
     manifest = verify_artifact(artifact)
     chosen = _choose_graphs(manifest, graphs)
     configs = [_make_config(manifest, f"{name}_{graph}", graph) for graph in chosen]
@@ -144,7 +149,10 @@ def _encode_config(config: Any) -> bytes:
 
 
 def _next_version(folder: Path, config: Any, manifest: Manifest) -> int:
-    """The number of the version to write: 1, or the one after the newest of a model that answers the same requests."""
+    """The number of the version to write: 1, or the one after the newest of a model that answers the same requests.
+
+    That of the newest itself where it is this very artifact.
+    """
     from google.protobuf import text_format
 
     if not os.path.lexists(folder):
@@ -166,7 +174,8 @@ def _next_version(folder: Path, config: Any, manifest: Manifest) -> int:
     for version in reversed(versions):
         place = folder / str(version) / ("artifact" if config.backend == "python" else "")
         if (place / MANIFEST).exists():
-            _check_clients(place, manifest)
+            if _check_clients(place, manifest) and version == versions[-1]:
+                return version
             break
     else:
         raise ExportError(
@@ -175,17 +184,23 @@ def _next_version(folder: Path, config: Any, manifest: Manifest) -> int:
     return versions[-1] + 1
 
 
-def _check_clients(newest: Path, manifest: Manifest) -> None:
-    """Whether clients of the newest version get what they ask for: ids and columns are known by their place alone."""
+def _check_clients(newest: Path, manifest: Manifest) -> bool:
+    """Refuses what clients of the newest version do not ask for: ids and columns are known by their place alone.
+
+    Returns:
+        Whether the newest version holds the artifact of `manifest`.
+    """
     try:
-        problems = find_differences(read_manifest(newest), manifest)
+        served = read_manifest(newest)
     except ManifestError as error:
         raise ExportError(f"{error}; choose another --name, or mend the model") from error
+    problems = find_differences(served, manifest)
     if problems:
         raise ExportError(
             f"{newest}: clients of this version would be failed by the artifact: {'; '.join(problems)}; "
             "choose another --name for another interface"
         )
+    return served.manifest_digest == manifest.manifest_digest
 
 
 def _describe_field(config: Any, name: str) -> str:
@@ -205,6 +220,9 @@ def _write_model(
 ) -> WrittenModel:
     model = repository / config.name
     target = model if version == 1 and not model.exists() else model / str(version)
+    written = WrittenModel(config.name, version, graph, config.backend, model / str(version))
+    if target != model and target.exists():
+        return written  # as before
     with staged(target, place=repository.parent) as staging:
         folder = staging.folder
         if target == model:
@@ -221,7 +239,7 @@ def _write_model(
         if graph == "onnx":
             _check_onnx(place, config)
         publish(staging.folder, target)
-    return WrittenModel(config.name, version, graph, config.backend, model / str(version))
+    return written
 
 
 def _take_files(artifact: Path, manifest: Manifest, folder: Path, *, copy: bool) -> None:

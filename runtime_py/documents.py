@@ -15,9 +15,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from runtime_py.digests import ZEROED, Digest
 from runtime_py.errors import ManifestError, UnknownFieldError, UnknownFormatVersionError
 
-__all__ = ["FORMAT_VERSION", "Json", "decode_document", "encode_document"]
+__all__ = ["FORMAT_VERSION", "MOST_LEVELS", "Json", "decode_document", "encode_document"]
 
 FORMAT_VERSION = 1
+MOST_LEVELS = 100  # of objects and lists
 Json = dict[str, Any]
 
 
@@ -49,6 +50,7 @@ def decode_document(kind: Any, data: bytes) -> Any:
         raise ManifestError(f"is damaged: not UTF-8 JSON: {error}") from error
     if not isinstance(document, dict):
         raise ManifestError(f"is damaged: expected an object, got {type(document).__name__}")
+    _check_depth(document)
     version = document.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise UnknownFormatVersionError(f"format_version is {version!r}, this reader knows {FORMAT_VERSION}")
@@ -83,12 +85,11 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
         return _decode_dataclass(hint, _expect(dict, value, where), where)
     if origin is list:
         return [_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(_expect(list, value, where))]
+    if hint is Any:
+        return _check_any(value, where)
     if origin is dict:
         items = _expect(dict, value, where).items()
-        return {
-            key: value if arguments[1] is Any else _decode(arguments[1], value, f"{where}.{key}")
-            for key, value in items
-        }
+        return {key: _decode(arguments[1], value, f"{where}.{key}") for key, value in items}
     if origin is Literal:
         if value not in arguments or type(value) is not type(arguments[0]):
             raise ManifestError(f"{where}: expected one of {list(arguments)}, got {value!r}")
@@ -96,6 +97,29 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         return None if value is None else _decode(arguments[0], value, where)
     return _expect(hint, value, where)
+
+
+def _check_any(value: Any, where: str) -> Any:
+    """What has no type of its own may hold no larger integers than the rest."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_any(item, f"{where}.{key}")
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            _check_any(item, f"{where}[{i}]")
+    elif type(value) is int:
+        _expect(int, value, where)
+    return value
+
+
+def _check_depth(document: Any) -> None:
+    level = [document]
+    for _ in range(MOST_LEVELS):
+        level = [item for node in level for item in (node.values() if isinstance(node, dict) else node)]
+        level = [item for item in level if isinstance(item, dict | list)]
+        if not level:
+            return
+    raise ManifestError(f"is damaged: nested deeper than {MOST_LEVELS}")
 
 
 def _decode_dataclass(hint: Any, value: Json, where: str) -> Any:

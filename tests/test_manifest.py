@@ -157,7 +157,11 @@ def test_a_manifest_that_is_sealed_again_is_accepted_whatever_its_spacing(docume
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=10,
 )
@@ -824,3 +828,25 @@ def test_one_changed_value_gives_another_artifact_id(
     changed = {**rows, "tag": rows["tag"].clone()}
     changed["tag"][6, 15] += 1
     assert read_manifest(built_artifact).artifact_id != read_manifest(rebuild(TABLES, changed)).artifact_id
+
+
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, int("7" * 400)])
+def test_no_integer_is_beyond_64_bits_not_even_one_that_nobody_reads(built_artifact: Path, number: int) -> None:
+    document = json.loads((built_artifact / "manifest.json").read_text())
+    document["provenance"]["configuration"]["more"] = {"deep": [1, number]}
+    with pytest.raises(
+        ManifestError, match=rf"^provenance\.configuration\.more\.deep\[1\]: {number} is beyond 64 bits$"
+    ):
+        parse_manifest(seal(document))
+
+
+def test_a_document_is_nested_at_most_100_deep(built_artifact: Path) -> None:
+    document = json.loads((built_artifact / "manifest.json").read_text())
+    inner: Any = 1
+    for _ in range(97):
+        inner = [inner]
+    document["provenance"]["configuration"]["more"] = inner  # the fourth level
+    parse_manifest(seal(document))
+    document["provenance"]["configuration"]["more"] = [inner]
+    with pytest.raises(ManifestError, match=r"^is damaged: nested deeper than 100$"):
+        parse_manifest(seal(document))

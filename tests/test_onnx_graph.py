@@ -309,9 +309,15 @@ ONE_MORE = [0] * (2 * len(PLAIN) - 5)
         ([1, 2, 3, 4], [0, 0, 0, 0, 0, *ONE_MORE]),
         ([1, 2], [2**31 - 1, 2**31 - 1, 2, 2, 0, *ONE_MORE]),
         ([], [-1, 0, 0, 0, 1, *ONE_MORE]),
+        ([1, 2, 3, 4], [4, -1, 0, 0, 0, *ONE_MORE]),
+        ([1, 2, 3, 4], [-(2**31), 4, 0, 0, 0, *ONE_MORE]),
+        ([], [0, 0, 0, 0, -1, *ONE_MORE]),
         ([1, 2, 3], [1, 1, 1]),
     ],
-    ids=["negative", "huge and negative", "too many", "too few", "none", "overflow", "no ids", "not divisible"],
+    ids=[
+        *("negative", "huge and negative", "too many", "too few", "none", "overflow", "no ids"),
+        *("negative beside the right sum", "smallest beside the right sum", "negative and nothing", "not divisible"),
+    ],
 )
 def test_lengths_that_do_not_fit_the_values_raise(plain, values, lengths):
     batch = {"values": np.array(values, np.int64), "lengths": np.array(lengths, np.int32)}
@@ -319,6 +325,16 @@ def test_lengths_that_do_not_fit_the_values_raise(plain, values, lengths):
         Fail, match="lengths_add_up" if len(lengths) > 3 else r"Reshape[\s\S]*requested shape:\{10,-1\}"
     ):
         run(plain.session, batch)
+
+
+@pytest.mark.parametrize("count", [0, 3, 5, 6])
+def test_another_number_of_weights_than_values_raises(weighted, count):
+    lengths = np.zeros(len(weighted.features), np.int32)
+    lengths[0] = 4
+    batch = {"values": np.zeros(4, np.int64), "lengths": lengths, "per_sample_weights": np.ones(count, np.float32)}
+    with pytest.raises(Fail, match="weights_add_up"):
+        run(weighted.session, batch)
+    assert run(weighted.session, batch | {"per_sample_weights": np.ones(4, np.float32)}).shape[0] == 1
 
 
 # --- The file --------------------------------------------------------------------------------------------------------

@@ -102,6 +102,34 @@ def build(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def loader(tmp_path_factory):
+    """Runs tests/loader.cpp, built as the README builds a server without CMake."""
+    reason = missing_tool()
+    if reason:
+        pytest.skip(reason)
+    base = tmp_path_factory.getbasetemp()
+    program = (base.parent if base.name.startswith("popen-") else base) / "loader"  # one for all workers of xdist
+    home = Path(torch.__file__).parent
+    with program.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not program.exists():
+            command = [
+                *("g++", "-std=c++20", "-O0", "-I", SOURCE / "include", "-isystem", home / "include"),
+                *("-isystem", home / "include/torch/csrc/api/include", Path(__file__).parent / "loader.cpp"),
+                *("-L", home / "lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--as-needed"),
+                *("-lcrypto", "-ldl", "-lpthread", f"-Wl,-rpath,{home}/lib", "-o", program),
+            ]
+            done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+
+    def run(*arguments):
+        command = [program, OPERATORS, *arguments]
+        return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def serve(build):
     """Runs the example on an artifact, as a user does."""
 
@@ -333,6 +361,22 @@ TEXTS = {
         lambda text: re.sub(r'"quantization_max_error": \S+,', '"quantization_max_error": 1,', text),
         "parity.quantization_max_error: expected",
     ),
+    "an integer beyond 64 bits is no number": (
+        lambda text: re.sub(r'"quantization_max_error": \S+,', f'"quantization_max_error": {2**64},', text),
+        f"is damaged: {2**64} is beyond 64 bits",
+    ),
+    "an integer beyond 64 bits that nobody reads": (
+        lambda text: text.replace('"mode": "inference"', f'"mode": {-(2**63) - 1}'),
+        f"is damaged: {-(2**63) - 1} is beyond 64 bits",
+    ),
+    "101 levels": (
+        lambda text: text.replace('"mode": "inference"', f'"mode": {"[" * 98}{"]" * 98}'),
+        "is damaged: nested deeper than 100",
+    ),
+    "a vocabulary of 2**59 - 1 slots": (
+        lambda text: re.sub(r'"capacity": \d+', f'"capacity": {2**59 - 1}', text),
+        "more bytes than 64 bits can count",
+    ),
     "half of a surrogate pair": (lambda text: text.replace('"seed": 0', '"seed": "\\ud800"'), "not UTF-8 JSON"),
     "deep": (lambda text: text.replace('"seed": 0', f'"seed": {"[" * 5000}{"]" * 5000}'), "is damaged"),
     "a list": (lambda text: "[]", "is damaged: expected an object"),
@@ -353,6 +397,19 @@ def test_what_is_no_strict_json_is_refused(serve, copy, edit):
     line = refused(serve(copy, "replay"))
     assert line.startswith(f"{copy}/manifest.json: ")
     assert expected in line
+
+
+def test_the_largest_numbers_and_the_deepest_nesting_are_read_as_python_reads_them(serve, copy):
+    document = json.loads((copy / "manifest.json").read_text())
+    deep: list = []
+    for _ in range(95):
+        deep = [deep]
+    numbers = [2**63 - 1, -(2**63), 1e308, 5e-324, -0.0, 0, "}]-9" * 200, '\\"', deep]
+    document["provenance"]["configuration"] |= {"mode": numbers}
+    (copy / "manifest.json").write_text(seal(document))
+    load_artifact(copy)
+    done = serve(copy, "replay")
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_isa_of_a_graph_that_is_not_compiled_is_refused(serve, copy):
@@ -427,6 +484,40 @@ def test_a_request_is_refused_in_the_words_of_the_python_loader(serve, every_kin
     with pytest.raises(InvalidInputError) as caught:
         load_artifact(every_kind, verify="sizes").lookup(torch.tensor(values), torch.tensor(lengths), given)
     assert refused(lookup(serve, every_kind, values, lengths, weights)) == str(caught.value)
+
+
+def test_views_that_torch_negates_are_read_as_what_they_are(loader, every_kind):
+    done = loader("negative", every_kind)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_took_the_place_of_an_artifact_is_what_answers(loader, every_kind, surgery_artifact, tmp_path):
+    """The dynamic linker knows compiled graphs by their path, and would give the first one again."""
+    artifacts = [every_kind, surgery_artifact, every_kind]
+    done = loader("relink", tmp_path / "current", *artifacts)
+    assert done.returncode == 0, done.stderr
+    for line, artifact in zip(done.stdout.splitlines(), artifacts, strict=True):
+        loaded = load_artifact(artifact, backend="aot_inductor")
+        count = len(loaded.manifest.features)
+        request = torch.zeros(count, dtype=torch.int64), torch.ones(count, dtype=torch.int32), torch.ones(count)
+        expected = loaded.lookup(*request)[0]
+        found = torch.tensor([float.fromhex(word) for word in line.split()])
+        assert torch.equal(found, expected), artifact
+
+
+def test_a_process_without_threads_left_says_so(serve, every_kind, tmp_path, monkeypatch):
+    """As a container whose number of processes is limited."""
+    source, library = tmp_path / "no_threads.c", tmp_path / "no_threads.so"
+    source.write_text(
+        "#include <errno.h>\n#include <pthread.h>\n"
+        "int pthread_create(pthread_t *t, const pthread_attr_t *a, void *(*f)(void *), void *x)"
+        "{ (void)t; (void)a; (void)f; (void)x; return EAGAIN; }\n"
+    )
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
+    monkeypatch.setenv("LD_PRELOAD", str(library))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    line = refused(serve(every_kind, "replay", "--threads", "2"))
+    assert line == "cannot start 2 threads: Resource temporarily unavailable; allow this process more of them"
 
 
 def test_weights_that_nobody_takes_are_refused(serve, built_artifact):
@@ -604,7 +695,8 @@ def test_the_load_generator_prints_one_json_line(serve, every_kind):
         (["load", "--speed"], "unknown option --speed"),
         (["load", "--threads"], "--threads needs a value"),
         (["load", "--threads", "0"], "--threads must be 1 to 1000000"),
-        (["load", "--seconds", "-1"], "--seconds must be more than 0"),
+        (["load", "--seconds", "-1"], "--seconds must be more than 0, and at most a million"),
+        (["load", "--seconds", "1e12"], "--seconds must be more than 0, and at most a million"),
         (["lookup", "--values", "1,x"], "'x' is no such number"),
     ],
 )

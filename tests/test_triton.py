@@ -384,8 +384,11 @@ def test_another_file_system_takes_a_copy_when_told_so(plain, other_file_system)
 
 
 def test_a_repository_that_is_a_mount_point_is_refused(plain, other_file_system):
-    refuse(plain, other_file_system, "is on another file system, or mount, than .*, where it was staged; choose a folder "
-           "below the mount point", PublishError, copy=True)  # fmt: skip
+    for copy in (True, False):
+        refuse(plain, other_file_system, r"^--repository: .*/other is a mount point, and a model is written beside the "
+               "repository before it appears there whole; name a folder below the mount point", PublishError,
+               copy=copy)  # fmt: skip
+    assert os.listdir(other_file_system) == []
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
@@ -404,10 +407,10 @@ def test_the_command_says_what_it_has_written(plain, models):
         "models": [
             {
                 "name": "emb_onnx",
-                "version": 2,
+                "version": 1,  # as before: it is this artifact
                 "graph": "onnx",
                 "backend": "onnxruntime",
-                "path": f"{models}/emb_onnx/2",
+                "path": f"{models}/emb_onnx/1",
             }
         ],
     }

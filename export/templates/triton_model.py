@@ -37,8 +37,8 @@ class TritonPythonModel:
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
-        inputs = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self._names]
         try:
+            inputs = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self._names]
             pooled = self._artifact.lookup(*map(torch.from_numpy, inputs))
         except InvalidInputError as error:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))

@@ -105,7 +105,9 @@ Arguments parse_arguments(int argc, char** argv) {
       arguments.ids = count(0);
     } else if (option == "--seconds") {
       arguments.seconds = parse_number<double>(value());
-      if (!(arguments.seconds > 0)) throw UsageError("--seconds must be more than 0");
+      if (!(arguments.seconds > 0 && arguments.seconds <= 1e6)) {
+        throw UsageError("--seconds must be more than 0, and at most a million");
+      }
     } else if (option == "--json") {
       arguments.json = true;
     } else if (option.starts_with("--")) {

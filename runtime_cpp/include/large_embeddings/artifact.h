@@ -38,6 +38,7 @@
 #include <atomic>
 #include <bit>
 #include <cctype>
+#include <charconv>
 #include <cerrno>
 #include <concepts>
 #include <cstdint>
@@ -56,6 +57,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <thread>
 #include <unordered_map>
 #include <utility>
@@ -459,7 +461,7 @@ constexpr const char* kManifest = "manifest.json";
 constexpr const char* kWeights = "weights/tables.safetensors";
 constexpr std::int64_t kSlotBytes = 16;
 /// Deeper than any manifest, and shallow enough for every recursion over one.
-constexpr int kMaxDepth = 200;
+constexpr int kMaxDepth = 100;
 
 /// The library of an AOTInductor graph, and what torch's loader reads beside it.
 constexpr std::array kAotInductorFiles = {"data/aotinductor/model/lookup.wrapper.so",
@@ -757,15 +759,40 @@ inline bool check_provenance(const Json& value, const std::string& where) {
   return true;
 }
 
+/// Refuses what nlohmann::json reads otherwise than the format: integers beyond 64 bits, of which it makes numbers with a
+/// fraction, and more levels than a stack may have room for.
+inline void check_tokens(const std::string& data) {
+  int depth = 0;
+  for (std::size_t i = 0; i < data.size(); ++i) {
+    const char c = data[i];
+    if (c == '"') {
+      for (++i; i < data.size() && data[i] != '"'; ++i) i += data[i] == '\\';
+    } else if (c == '{' || c == '[') {
+      if (++depth > kMaxDepth) throw ManifestError(text("is damaged: nested deeper than ", kMaxDepth));
+    } else if (c == '}' || c == ']') {
+      --depth;
+    } else if (c == '-' || (c >= '0' && c <= '9')) {
+      const std::size_t end = std::min(data.find_first_not_of("+-.0123456789eE", i), data.size());
+      const std::string_view token(data.data() + i, end - i);
+      std::int64_t value = 0;
+      if (token.find_first_of(".eE") == token.npos &&
+          std::from_chars(token.data(), token.data() + token.size(), value).ec == std::errc::result_out_of_range) {
+        throw ManifestError(text("is damaged: ", token.substr(0, 80), " is beyond 64 bits"));
+      }
+      i = end - 1;
+    }
+  }
+}
+
 /// JSON, and nothing that is nearly JSON: no duplicate key, which nlohmann::json would take the last of; no byte order
 /// mark, which it skips; no NUL, where it stops to read.
 inline Json parse_json(const std::string& data) {
   if (data.find('\0') != std::string::npos || data.starts_with("\xEF\xBB\xBF")) {
     throw ManifestError("is damaged: not UTF-8 JSON: it has a NUL or a byte order mark");
   }
+  check_tokens(data);
   std::vector<std::set<std::string>> open;  // the keys of every object around
-  const auto observe = [&](int depth, Json::parse_event_t event, Json& parsed) {
-    if (depth > kMaxDepth) throw ManifestError(text("is damaged: nested deeper than ", kMaxDepth));
+  const auto observe = [&](int, Json::parse_event_t event, Json& parsed) {
     if (event == Json::parse_event_t::object_start) open.emplace_back();
     if (event == Json::parse_event_t::object_end) open.pop_back();
     if (event == Json::parse_event_t::key && !open.back().insert(parsed.get<std::string>()).second) {
@@ -972,7 +999,7 @@ inline void check_vocabularies(const Manifest& manifest) {
     }
     check_hexadecimal(where, vocabulary.digest);
     const std::vector<TensorShape> slots = lay_out({tensor_shape(vocabulary)});
-    const auto size = static_cast<std::int64_t>(encode_header(slots).size()) + data_bytes(slots);
+    const auto size = add(static_cast<std::int64_t>(encode_header(slots).size()), data_bytes(slots), where);
     if (file->bytes != size) {
       throw ManifestError(text(vocabulary.path, ": ", file->bytes, " bytes, expected ", size, " (header and ",
                                vocabulary.capacity, " slots)"));
@@ -1343,18 +1370,26 @@ inline std::string read_small_files(const std::string& artifact, const Manifest&
 // --- The weight file and the vocabularies ----------------------------------------------------------------------------
 
 /// Runs `work` on some threads, waits for all of them, and throws again what one of them has thrown.
+///
+/// Throws ArtifactError where the process may not have that many.
 inline void run_on_threads(int threads, const std::function<void()>& work) {
   std::vector<std::exception_ptr> failures(static_cast<std::size_t>(threads));
   {
     std::vector<std::jthread> running;
     for (std::exception_ptr& failure : failures) {
-      running.emplace_back([&] {
+      const auto body = [&] {
         try {
           work();
         } catch (...) {
           failure = std::current_exception();
         }
-      });
+      };
+      try {
+        running.emplace_back(body);
+      } catch (const std::system_error& error) {
+        throw ArtifactError(text("cannot start ", threads, " threads: ", error.code().message(),
+                                 "; allow this process more of them"));
+      }
     }
   }
   for (const std::exception_ptr& failure : failures) {
@@ -1530,8 +1565,8 @@ class RequestChecker {
 
   Request check(const at::Tensor& values, const at::Tensor& lengths,
                 const std::optional<at::Tensor>& per_sample_weights) const {
-    Request request{integers("values", values), integers("lengths", lengths), per_sample_weights};
-    request.values = request.values.to(at::kLong).contiguous();
+    // Copies: what is checked is what is looked up, and nobody else can change it in between.
+    Request request{copy(integers("values", values), at::kLong), integers("lengths", lengths), per_sample_weights};
     const std::int64_t count = request.values.numel();
     if (per_sample_weights.has_value() != !weighted_.empty()) {
       const std::string takes =
@@ -1547,8 +1582,8 @@ class RequestChecker {
       throw InvalidInputError(text("lengths: ", request.lengths.numel(), " do not divide into ", features,
                                    " features (", join(names_), ")"));
     }
-    // Wide, as a caller may give them: a length that does not fit int32 is refused, and not cut off.
-    request.lengths = request.lengths.contiguous();
+    // As wide as the caller gave them: a length that does not fit int32 is refused, and not cut off.
+    request.lengths = copy(request.lengths, request.lengths.scalar_type());
     const std::vector<std::int64_t> counts = request.lengths.scalar_type() == at::kLong
                                                  ? check_lengths<std::int64_t>(request.lengths, count)
                                                  : check_lengths<std::int32_t>(request.lengths, count);
@@ -1576,7 +1611,11 @@ class RequestChecker {
     if (!tensor.device().is_cpu()) {
       throw InvalidInputError(text(what, ": expected a tensor on the CPU, got one on ", tensor.device().str()));
     }
-    return tensor.detach();
+    return tensor.detach().resolve_conj().resolve_neg();  // compiled code does not look at torch's two bits
+  }
+
+  static at::Tensor copy(const at::Tensor& tensor, at::ScalarType type) {
+    return tensor.to(type, /*non_blocking=*/false, /*copy=*/true, at::MemoryFormat::Contiguous);
   }
 
   static std::vector<std::string> spell_sizes(const at::Tensor& tensor) {
@@ -1924,8 +1963,8 @@ class AotInductorBackend final : public Backend {
     try {
       const auto runners = std::clamp<std::size_t>(std::thread::hardware_concurrency(), 1, kMostRunners);
       loader_ = std::make_unique<torch::inductor::AOTIModelPackageLoader>(
-          std::filesystem::absolute(source.artifact + "/" + graph.path).string(), "model", false, runners);
-      attach(graph);
+          std::filesystem::absolute(source.artifact + detour() + "/" + graph.path).string(), "model", false, runners);
+      attach(graph, source.manifest);
     } catch (const ArtifactError&) {
       throw;
     } catch (const std::exception& error) {
@@ -1944,8 +1983,17 @@ class AotInductorBackend final : public Backend {
  private:
   static constexpr std::size_t kMostRunners = 16;  // each serves a thread at a time
 
+  /// A part of a path that leads nowhere else, another one at every call. The dynamic linker takes a path that it has opened
+  /// before for the library that it opened there, whatever is there now; under a new path it compares the files.
+  static std::string detour() {
+    static std::atomic<std::uint64_t> loads = 0;
+    std::string path;
+    for (std::uint64_t number = ++loads; number > 0; number /= 2) path += number % 2 ? "/weights/.." : "/.";
+    return path;
+  }
+
   /// Feeds the constants. torch does not check what it is fed: sizes and types are right here or nowhere.
-  void attach(const Graph& graph) {
+  void attach(const Graph& graph, const Manifest& manifest) {
     std::unordered_map<std::string, at::Tensor> fed;
     bool known = true;
     const std::vector<std::string> names = loader_->get_constant_fqns();
@@ -1954,7 +2002,9 @@ class AotInductorBackend final : public Backend {
       known = known && constant != constants_.end();
       if (known) fed.insert(*constant);
     }
-    if (!known || !fed.contains("weights")) {
+    const bool means = std::any_of(manifest.features.begin(), manifest.features.end(),
+                                   [](const Feature& feature) { return feature.pooling == "mean"; });
+    if (!known || !fed.contains("weights") || fed.contains("column_features") != means) {
       const std::set<std::string> sorted(names.begin(), names.end());
       throw GraphError(text(graph.path, " was built for other rows: its constants are ", join(sorted)));
     }
