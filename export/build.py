@@ -25,7 +25,7 @@ from export.onnx_graph import OPSET, write_onnx
 from export.parity import check_parity, make_slots
 from export.plan import Clock, ReleasePlan, plan_release
 from export.progress import NoProgress, Progress
-from export.publish import Staging, publish, refuse_existing, staged, write_file, writing
+from export.publish import Staging, publish, refuse_existing, refuse_inside_artifact, staged, write_file, writing
 from export.ranks import joined_ranks
 from export.report import render_html, render_markdown
 from export.report_data import BuildFigures, ReportData, peak_memory_bytes
@@ -72,13 +72,17 @@ _TOOLS = ["torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "numpy", "pyarrow
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What a build has published; `seconds` by phase, `stage_seconds` of the rows phase summed over its workers."""
+    """What a build has published; `seconds` by phase, `stage_seconds` of the rows phase summed over its workers.
+
+    `passed_over` are the newer steps of a snapshot's folder that are not complete.
+    """
 
     artifact: Path
     manifest: Manifest
     seconds: dict[str, float]
     stage_seconds: dict[str, float]
     vocabularies: "list[VocabularyFigures]"
+    passed_over: list[str]
 
     def to_json(self) -> dict[str, Any]:
         """The object that `build --json` prints."""
@@ -93,6 +97,7 @@ class BuildResult:
             "choices": [asdict(choice) for choice in self.manifest.choices],
             "vocabularies": [asdict(figures) for figures in self.vocabularies],
             "snapshots": [asdict(snapshot) for snapshot in self.manifest.provenance.snapshots],
+            "passed_over": self.passed_over,
         }
 
 
@@ -134,6 +139,7 @@ def build_artifact(
             _refuse_undecodable(path)
         if ranks.rank == 0:
             refuse_existing(target)
+            refuse_inside_artifact(target, "--output")
         drop_copies()
         if GraphKind.AOT_INDUCTOR in config.serving.graphs and ranks.rank == 0:
             compiler()
@@ -181,7 +187,7 @@ def build_artifact(
                 verify_artifact(staging.folder, "sizes")
                 publish(staging.folder, target)
         ranks.tell("published", "")
-    return BuildResult(target, manifest, clock.seconds, weights.stage_seconds, figures)
+    return BuildResult(target, manifest, clock.seconds, weights.stage_seconds, figures, plan.sources.passed_over)
 
 
 def _uris(config: ReleaseConfig) -> Iterator[str]:

@@ -78,6 +78,7 @@ def build(
         raise
     if result is None:  # rank 0 speaks for all
         return
+    _warn_of_steps(result.passed_over)
     seconds = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in result.seconds.items())
     text = (
         _to_json(result.to_json())
@@ -105,6 +106,7 @@ def plan(
 
     with progress_on(sys.stderr) as progress:
         preview = preview_release(load_config(config), workers, sample, Clock(progress))
+    _warn_of_steps(preview.passed_over)
     _write(_to_json(preview.to_json()) if as_json else _describe_preview(preview))
     if preview.refusal:
         raise GateError(preview.refusal)
@@ -225,12 +227,19 @@ def publish(
     keep: Annotated[
         int | None, typer.Option(min=2, help="Delete all but so many versions, those that were current last.")
     ] = None,
+    allow_signature_change: Annotated[
+        bool,
+        typer.Option(
+            "--allow-signature-change",
+            help="Publish what servers that follow the root refuse: other features, outputs, or fewer rows.",
+        ),
+    ] = False,
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
     """Copy an artifact to a root, verify the copy, and make it the version that servers take."""
     from export.versions import publish_version
 
-    move = publish_version(artifact, to, keep)
+    move = publish_version(artifact, to, keep, allow_signature_change=allow_signature_change)
     _write(_to_json(move.to_json()) if as_json else _describe_move(move))
 
 
@@ -294,6 +303,13 @@ def _fail(message: str, code: int) -> NoReturn:
     drop_copies()
     # Not through the interpreter's exit, which would report an output that cannot be flushed a second time.
     os._exit(code)
+
+
+def _warn_of_steps(passed_over: list[str]) -> None:
+    """Says on stderr that a trainer may have stopped writing whole steps."""
+    for step in passed_over:
+        with suppress(OSError):
+            print(f"warning: {redact_all(step)}: is newer, not complete, and was passed over", file=sys.stderr)  # noqa: T201
 
 
 def _with_notes(message: str, error: BaseException) -> str:

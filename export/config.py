@@ -319,7 +319,15 @@ class LargeEmbeddingsConfig(_Section):
                 if feature in owners:
                     first = owners[feature]
                     where = f"table '{first}'" if first == table.name else f"tables '{first}' and '{table.name}'"
-                    raise error_at(f"duplicate feature name '{feature}' in {where}", "tables", number, "feature_names")
+                    hint = (
+                        ""
+                        if first == table.name
+                        else (
+                            "; a feature looks rows up in one table: give the other one a name of its own, and send ids twice"
+                        )
+                    )
+                    message = f"duplicate feature name '{feature}' in {where}{hint}"
+                    raise error_at(message, "tables", number, "feature_names")
                 owners[feature] = table.name
         return self
 

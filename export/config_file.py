@@ -32,7 +32,9 @@ def load_config(path: str | Path) -> ReleaseConfig:
     path = Path(path)
     try:
         document = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark

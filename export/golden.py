@@ -6,9 +6,10 @@ They are the adversarial batches of the parity gate and its first random one.
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from export.errors import GateError
+from export.publish import write_file
 from runtime_py import load_artifact
 from runtime_py.errors import GoldenCaseError
 from runtime_py.golden import GoldenCase, read_cases
@@ -20,7 +21,6 @@ __all__ = ["replay_cases", "write_cases"]
 
 def write_cases(path: Path, cases: Mapping[str, GoldenCase]) -> None:
     """Writes a new file, with the folder that it needs; the same bytes for the same cases."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, case in cases.items():
         for part, tensor in [
@@ -30,7 +30,7 @@ def write_cases(path: Path, cases: Mapping[str, GoldenCase]) -> None:
         ]:
             if tensor is not None:
                 tensors[f"{name}/{part}"] = tensor.contiguous()
-    save_file(tensors, path)
+    write_file(path, save(tensors))  # not save_file, which lets nobody else read it
 
 
 def replay_cases(artifact: Path, manifest: Manifest) -> int:

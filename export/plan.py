@@ -65,6 +65,11 @@ class _Sources:
     rows: dict[str, TableRows]
     surgery: OpenedSurgery | None
 
+    @property
+    def passed_over(self) -> list[str]:
+        """The newer steps of their folders that are not complete."""
+        return [path for snapshot in self.snapshots.values() for path in snapshot.passed_over]
+
 
 @dataclass(frozen=True)
 class ReleasePlan:
@@ -266,7 +271,8 @@ class Preview:
 
     `precisions` lacks the tables that no choice could be made for; `refusal` says why then. `artifact_bytes` is of rows and
     vocabularies, and what is set aside for graphs and reports. `seconds` is what reading, converting, examining and
-    digesting the rows would take on these workers; writing them comes on top. `sample` as for `plan_release`.
+    digesting the rows would take on these workers; writing them comes on top. `sample` as for `plan_release`,
+    `passed_over` as for `BuildResult`.
     """
 
     candidates: dict[str, list[Candidate]]
@@ -277,6 +283,7 @@ class Preview:
     seconds: float
     sample: int
     phases: dict[str, float]
+    passed_over: list[str]
 
     def to_json(self) -> dict[str, Any]:
         """The object that `plan --json` prints."""
@@ -303,6 +310,7 @@ class Preview:
             "build_seconds": self.seconds,
             "sample": self.sample,
             "seconds": self.phases,
+            "passed_over": self.passed_over,
         }
 
 
@@ -339,7 +347,17 @@ def preview_release(config: ReleaseConfig, workers: int, sample: int, clock: Clo
     )
     size = _other_bytes(config, sources.surgery) + rows_of_auto
     seconds = sum(entry.seconds for entry in picked) + 2 * sum(entry.bytes for entry in picked) * _digest_seconds()
-    return Preview(found, precisions, choices, refusal, size, round(seconds / workers, 3), sample, clock.seconds)
+    return Preview(
+        found,
+        precisions,
+        choices,
+        refusal,
+        size,
+        round(seconds / workers, 3),
+        sample,
+        clock.seconds,
+        sources.passed_over,
+    )
 
 
 def _possible(config: ReleaseConfig, table: EmbeddingBagConfig) -> list[Precision]:

@@ -18,8 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.errors import PublishError, RowsError, SnapshotChangedError
+from runtime_py.errors import ManifestError
+from runtime_py.manifest import MANIFEST
+from runtime_py.manifest_reader import read_manifest
 
-__all__ = ["Staging", "fsync", "publish", "refuse_existing", "staged", "write_file", "writing"]
+__all__ = [
+    "Staging",
+    "fsync",
+    "publish",
+    "refuse_existing",
+    "refuse_inside_artifact",
+    "staged",
+    "write_file",
+    "writing",
+]
 
 _LOCK = "export.lock"
 _FOLDER = "artifact"  # not the target's name, which may be that of another file in the container
@@ -144,6 +156,18 @@ def refuse_existing(target: Path) -> None:
     """Raises a PublishError where the target exists."""
     if os.path.lexists(target):
         raise _existing(target)
+
+
+def refuse_inside_artifact(target: Path, what: str) -> None:
+    """Raises a PublishError where the target is, or would be, in an artifact; `what` names it."""
+    target = target.resolve()
+    for folder in (target, *target.parents):
+        if (folder / MANIFEST).is_file():
+            with suppress(ManifestError):  # somebody else's file of that name
+                read_manifest(folder)
+                raise PublishError(
+                    f"{what}: {target} is inside the artifact {folder}, which never changes; name another place"
+                )
 
 
 def _existing(target: Path) -> PublishError:

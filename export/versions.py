@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from export.errors import PublishError
-from export.publish import fsync, publish, staged, writing
+from export.publish import fsync, publish, refuse_inside_artifact, staged, writing
+from runtime_py.compatibility import find_differences
 from runtime_py.digests import ZEROED, Digest
 from runtime_py.documents import FORMAT_VERSION
 from runtime_py.errors import ArtifactError
@@ -62,19 +63,26 @@ class Move:
         return vars(self) | {"root": str(self.root)}
 
 
-def publish_version(artifact: Path, root: Path, keep: int | None = None) -> Move:
+def publish_version(
+    artifact: Path, root: Path, keep: int | None = None, *, allow_signature_change: bool = False
+) -> Move:
     """Makes an artifact the current version of a root, which is created where there is none.
 
     Args:
         artifact: its folder, which stays as it is; what is published is a copy.
         root: the folder of `current.json` and the versions.
         keep: how many versions stay, the current one and those that were current last, at least 2; None: all.
+        allow_signature_change: whether callers of the version that is current may be failed (`find_differences`).
 
     Raises:
         ArtifactError: the artifact, or the version that has its name already, is damaged.
-        PublishError: the root cannot be written, its disk is full, or others have published and deleted in between.
+        PublishError: servers that follow the root would refuse the artifact, the root cannot be written or is inside the
+            artifact, its disk is full, or others have published and deleted in between.
     """
     manifest = verify_artifact(artifact, "sizes")  # its rows are compared in the copy
+    refuse_inside_artifact(root, "--to")
+    if not allow_signature_change:
+        _check_callers(root, manifest)
     versions = root / VERSIONS
     with writing(versions / _STAGING):
         _make_folders(root)
@@ -127,6 +135,20 @@ def roll_back(root: Path, to: str | None = None) -> Move:
                 raise PublishError(f"{root / POINTER}: was moved meanwhile; look what is current, and run again")
             pointer, moved = _move(root, name, back=True)
     return Move(root, name, pointer.artifact_id, pointer.sequence, moved, False, pointer.history, [], [], {})
+
+
+def _check_callers(root: Path, manifest: Manifest) -> None:
+    """Compares an artifact with the version that is current, as the servers do that follow the root."""
+    try:
+        current = read_pointer(root / POINTER).version
+        problems = find_differences(read_manifest(root / VERSIONS / current), manifest)
+    except ArtifactError:  # there is none, or it is damaged: what is published mends that
+        return
+    if problems:
+        raise PublishError(
+            f"{root}: servers that follow it would refuse this artifact, as their callers count on version {current}: "
+            f"{'; '.join(problems)}; publish it to another root, or give --allow-signature-change"
+        )
 
 
 def _make_folders(root: Path) -> None:

@@ -43,8 +43,10 @@ def read_manifest(artifact: Path) -> Manifest:
             raise ManifestError(f"{path}: is no regular file")
         data = path.read_bytes()
     except OSError as error:
+        root = (artifact / "current.json").is_file()
+        hint = f"; ReloadingArtifact('{artifact}/current.json') serves the version that is current here" if root else ""
         raise ManifestError(
-            f"{path}: cannot be read: {error.strerror}; without a manifest there is no artifact"
+            f"{path}: cannot be read: {error.strerror}; without a manifest there is no artifact{hint}"
         ) from error
     try:
         return parse_manifest(data)

@@ -31,6 +31,8 @@ class Pooled:
 
     def __getitem__(self, key: str) -> torch.Tensor:
         """float32 [B, D] of one output key."""
+        if key not in self.columns:
+            raise KeyError(f"no output '{key}'; outputs: {', '.join(self.columns)}")
         start, end = self.columns[key]
         return self.values[:, start:end]
 

@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
+import stat
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -218,3 +221,20 @@ def test_a_path_that_is_no_text_is_refused_before_anything_is_read(tmp_path, dcp
     with pytest.raises(PublishError, match="the name is not valid UTF-8; rename it"):
         build_artifact(config, tmp_path / "artifact", workers=1)
     assert not (tmp_path / "artifact").exists()
+
+
+def test_every_file_may_be_read_by_whoever_the_umask_lets(built_artifact: Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in built_artifact.rglob("*") if path.is_file()}
+    assert {path for path, mode in modes.items() if mode != 0o666 & ~mask} == set()
+
+
+def test_an_output_inside_an_artifact_is_refused(built_artifact: Path, dcp_snapshot: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "release.yaml", dcp_snapshot)
+    (tmp_path / "manifest.json").write_text("{}")  # somebody else's
+    for output in (built_artifact / "sub", built_artifact / "graphs" / "sub"):
+        text = f"--output: {output} is inside the artifact {built_artifact}, which never changes; name another place"
+        with pytest.raises(PublishError, match=f"^{re.escape(text)}$"):
+            build_artifact(config, output, workers=1)
+    build_artifact(config, tmp_path / "artifact", workers=1)

@@ -633,7 +633,10 @@ def test_two_tables_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_one_feature_of_two_tables_is_refused(tmp_path: Path) -> None:
     message = refusal(tmp_path, second_table("name: item\nfeature_names: [item, user]"))
     assert "large_embeddings" in message
-    assert message.endswith("duplicate feature name 'user' in tables 'user' and 'item'")
+    assert message.endswith(
+        "duplicate feature name 'user' in tables 'user' and 'item'; a feature looks rows up in one table: give the other one "
+        "a name of its own, and send ids twice"
+    )
 
 
 def test_one_feature_twice_in_a_table_is_refused(tmp_path: Path) -> None:

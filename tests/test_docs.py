@@ -1,13 +1,16 @@
 """The README is kept true: its configuration loads, its code runs, its links lead somewhere."""
 
 import re
+import typing
 from pathlib import Path
 
 import pytest
 import torch
+from pydantic import BaseModel
 from support import TYPES, state_dict
 
 from export import build_artifact, load_config
+from export.config import OptimizerConfig, ReleaseConfig
 from export.versions import publish_version
 from runtime_py.manifest_reader import read_manifest
 
@@ -75,7 +78,31 @@ def test_the_gates_that_it_shows_are_keys_of_the_configuration():
         assert f"`{name}`" in README
 
 
-@pytest.mark.parametrize("page", ["README.md", "artifacts/FORMAT.md", "artifacts/DECISIONS.md", "CHANGELOG.md"])
+def configuration_keys(section):
+    """Every key of a section, and of those inside; what training alone reads is left out."""
+    for name, field in section.model_fields.items():
+        yield name
+        for inner in [field.annotation, *typing.get_args(field.annotation)]:
+            for part in [inner, *typing.get_args(inner)]:
+                if isinstance(part, type) and issubclass(part, BaseModel) and part is not OptimizerConfig:
+                    yield from configuration_keys(part)
+
+
+def test_the_reference_has_every_key_and_its_example_loads(tmp_path):
+    keys = set(configuration_keys(ReleaseConfig))
+    assert len(keys) > 40
+    reference = (ROOT / "artifacts/CONFIGURATION.md").read_text()
+    for key in keys:
+        assert re.search(rf"[`{{ ,]{key}[`:,}}]|^## {key}$", reference, re.MULTILINE), key
+    (text,) = re.findall(r"```yaml\n(.*?)```", reference, re.DOTALL)
+    (tmp_path / "release.yaml").write_text(text)
+    assert load_config(tmp_path / "release.yaml").serving.precision == "fp16"
+
+
+PAGES = ["README.md", "artifacts/FORMAT.md", "artifacts/DECISIONS.md", "artifacts/CONFIGURATION.md", "CHANGELOG.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_files(page):
     links = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text())
     for link in links:

@@ -22,6 +22,12 @@ def test_a_result_becomes_torchrecs_keyed_tensor_over_the_same_memory(built_arti
     assert all(torch.equal(keyed[name], pooled[name]) for name in FEATURES)
 
 
+def test_an_output_that_there_is_not_is_refused_with_those_there_are(built_artifact: Path) -> None:
+    pooled = load_artifact(built_artifact)({name: [[0]] for name in FEATURES})
+    with pytest.raises(KeyError, match=r"no output 'users'; outputs: user, item, last_item, tag, age"):
+        pooled["users"]
+
+
 def test_without_torchrec_a_keyed_tensor_is_refused_with_what_does_without(
     built_artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -250,7 +250,34 @@ def test_a_snapshot_that_was_never_completed_says_so(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    assert refusal(tmp_path) == f"{tmp_path}: no complete snapshot; complete steps: none"
+    names = "a step is called 30, step_30, step-30, checkpoint-30 or the like, and here is"
+    assert refusal(tmp_path) == f"{tmp_path}: no complete snapshot; complete steps: none; {names}: nothing"
+    for number in range(7):
+        (tmp_path / f"run{number}").mkdir()
+    assert refusal(tmp_path).endswith(f"; {names}: run0, run1, run2, run3, run4, …")
+
+
+@pytest.mark.parametrize(
+    "name", ["30", "step_30", "step-30", "step=30", "step30", "checkpoint-30", "global_step30", "iter_30"]
+)
+def test_a_step_may_be_called_as_trainers_call_it(tmp_path: Path, name: str) -> None:
+    write_dcp(tmp_path / name, {"user": TABLE})
+    for other in ("x30", "30.0", "model_v40", "_50", "step_", "step_60_tmp"):
+        write_dcp(tmp_path / other, {"user": TABLE})
+    snapshot = open_snapshot(SnapshotConfig(uri=str(tmp_path)))
+    assert snapshot.identity.step == 30
+    assert snapshot.passed_over == []
+
+
+def test_newer_steps_that_are_not_complete_are_told(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        write_dcp(tmp_path / f"step_{step}", {"user": TABLE})
+    assert open_snapshot(SnapshotConfig(uri=str(tmp_path))).passed_over == []
+    for step in (20, 30):
+        (tmp_path / f"step_{step}" / METADATA).unlink()
+    snapshot = open_snapshot(SnapshotConfig(uri=str(tmp_path)))
+    assert (snapshot.identity.step, snapshot.passed_over) == (10, [f"{tmp_path}/step_30", f"{tmp_path}/step_20"])
+    assert open_snapshot(SnapshotConfig(uri=str(tmp_path), step=10)).passed_over == []
 
 
 def test_nothing_there_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -162,6 +163,33 @@ def with_another_graph_file(artifact: Path) -> Path:
     ]
     (artifact / "manifest.json").write_bytes(dataclasses.replace(manifest, files=files).to_bytes())
     return artifact
+
+
+def test_what_servers_would_refuse_is_not_made_current(artifacts, root, rebuild):
+    """A pointer that nobody follows, and a server that takes it when it starts again: two signatures at once."""
+    before = publish_version(artifacts[0], root)
+    renamed = rebuild([TABLES[0] | {"feature_names": ["visitor"]}, *TABLES[1:]], make_rows(TABLES))
+    text = f"servers that follow it would refuse this artifact, as their callers count on version {before.version}: features"
+    with pytest.raises(
+        PublishError, match=f"^{root}: {text} are visitor, .*; publish it to another root, or give --allow-"
+    ):
+        publish_version(renamed, root)
+    done = run_export("publish", renamed, "--to", root)
+    assert done.returncode == 1
+    assert text in done.stderr
+    assert (current(root), listed(root)) == (before.version, {before.version})
+    done = run_export("publish", renamed, "--to", root, "--allow-signature-change")
+    assert done.returncode == 0, done.stderr
+    assert current(root) == read_manifest(renamed).artifact_id
+
+
+@pytest.mark.parametrize("inside", ["", "versions-here", "graphs/a/b"])
+def test_a_root_inside_an_artifact_is_refused(artifact_copy, inside):
+    before = sorted(artifact_copy.rglob("*"))
+    text = f"--to: {artifact_copy / inside} is inside the artifact {artifact_copy}, which never changes; name another place"
+    with pytest.raises(PublishError, match=f"^{re.escape(text)}$"):
+        publish_version(artifact_copy, artifact_copy / inside)
+    assert sorted(artifact_copy.rglob("*")) == before
 
 
 def test_the_same_rows_with_other_graph_files_are_a_version_of_their_own(artifacts, artifact_copy, root):

@@ -1,8 +1,9 @@
 """Finding a snapshot, its format, its step, and each table's tensor in it."""
 
 import difflib
+import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -36,6 +37,9 @@ _INDEXES: dict[SnapshotFormat, Callable[[Location], SnapshotIndex]] = {
     SnapshotFormat.STATE_DICT: StateDictIndex,
 }
 _BAGS = "embedding_bags."
+_STEP = re.compile(
+    r"(?:(?:(?:global_?)?step|checkpoint|ckpt|iter)[-_=]?)?([0-9]+)", re.IGNORECASE
+)  # of its folder or file
 CUT_POINT = "surgery_cut_point"  # of `LargeEmbeddings`
 _DTYPES = {DataType.FP32: torch.float32, DataType.FP16: torch.float16}
 
@@ -43,8 +47,17 @@ _DTYPES = {DataType.FP32: torch.float32, DataType.FP16: torch.float16}
 class Snapshot:
     """An opened snapshot: its identity, the rows of a table by the table's name, and the parameters of a surgery."""
 
-    def __init__(self, config: SnapshotConfig, path: Location, step: int | None, index: SnapshotIndex) -> None:
+    def __init__(
+        self,
+        config: SnapshotConfig,
+        path: Location,
+        step: int | None,
+        index: SnapshotIndex,
+        passed_over: Sequence[str] = (),
+    ) -> None:
+        """`passed_over` are newer steps beside it that are not complete, by their paths."""
         self._path = path
+        self.passed_over = list(passed_over)
         self._prefix = config.prefix
         self._index = index
         self._collections: set[str] = set()  # what stands before the names of the tables that were found
@@ -160,24 +173,26 @@ def open_snapshot(config: SnapshotConfig) -> Snapshot:
     Raises:
         SnapshotError: nothing is there, no step is complete, or the format is unknown.
     """
-    path, step = _choose_step(open_location(config.uri), config.step)
+    path, step, passed_over = _choose_step(open_location(config.uri), config.step)
     kind = config.format
     if kind is SnapshotFormat.AUTO:
         kind = _detect(path)
-    return Snapshot(config, path, step, _INDEXES[kind](path))
+    return Snapshot(config, path, step, _INDEXES[kind](path), passed_over)
 
 
-def _choose_step(root: Location, step: int | None) -> tuple[Location, int | None]:
+def _choose_step(root: Location, step: int | None) -> tuple[Location, int | None, list[str]]:
+    """The snapshot, its step, and newer steps that are not complete."""
     entries = _entries(root)
     if entries is None:
         if step is not None:
             raise SnapshotError(f"{root}: is one snapshot, not a folder of step-numbered ones; remove snapshot.step")
-        return root, None
+        return root, None, []
     steps: dict[int, list[Location]] = {}
     for name, file in entries.items():
-        number = PurePosixPath(name).stem if file else name
-        if number.isdecimal():
-            steps.setdefault(int(number), []).append(join(root, name))
+        match = _STEP.fullmatch(PurePosixPath(name).stem if file else name)
+        if match:
+            steps.setdefault(int(match[1]), []).append(join(root, name))
+    passed_over: list[str] = []
     # From the newest on, and no further than needed: a step costs some requests where it is remote.
     for candidate in sorted(steps, reverse=True) if step is None else [step]:
         complete = [path for path in steps.get(candidate, []) if _is_complete(path)]
@@ -186,7 +201,8 @@ def _choose_step(root: Location, step: int | None) -> tuple[Location, int | None
                 f"{root}: '{complete[0].name}' and '{complete[1].name}' are the same step; remove one of them"
             )
         if complete:
-            return complete[0], candidate
+            return complete[0], candidate, passed_over
+        passed_over += [redact(str(path)) for path in steps.get(candidate, [])]
     wanted = "snapshot" if step is None else f"step {step}"
     raise SnapshotError(f"{root}: no complete {wanted}; {_what_there_is(root, entries, steps)}")
 
@@ -209,6 +225,10 @@ def _what_there_is(root: Location, entries: dict[str, bool], steps: dict[int, li
     found = map_files(_is_complete, [path for _, path in paths], [root])
     complete = {str(number): None for (number, _), whole in zip(paths, found, strict=True) if whole}
     have = f"complete steps: {', '.join(complete) or 'none'}"
+    if not steps:
+        names = sorted(entries)
+        shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        have += f"; a step is called 30, step_30, step-30, checkpoint-30 or the like, and here is: {shown or 'nothing'}"
     if any(name.endswith(".distcp") for name in entries):
         have += f"; it has shards itself, and no commit mark ({METADATA})"
     incomplete = [path.name for (_, path), whole in zip(paths, found, strict=True) if not whole]
