@@ -84,8 +84,7 @@ def publish_version(
     if not allow_signature_change:
         _check_callers(root, manifest)
     versions = root / VERSIONS
-    with writing(versions / _STAGING):
-        _make_folders(root)
+    with writing(versions / _STAGING), _folders(root):
         name = _name_version(versions, manifest)
         copied = not (versions / name).exists()
         if copied:
@@ -151,11 +150,22 @@ def _check_callers(root: Path, manifest: Manifest) -> None:
         )
 
 
-def _make_folders(root: Path) -> None:
-    if not (root / VERSIONS).is_dir():
-        (root / VERSIONS).mkdir(parents=True, exist_ok=True)
-        for folder in (root, root.parent):
-            fsync(folder)
+@contextmanager
+def _folders(root: Path) -> Iterator[None]:
+    """Makes the folders of a root; where nothing is published, those that were missing go again."""
+    versions = root / VERSIONS
+    missing = [folder for folder in (versions, *versions.parents) if not folder.exists()]
+    try:
+        if missing:
+            versions.mkdir(parents=True, exist_ok=True)
+            for folder in missing:
+                fsync(folder.parent)
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):  # it was never made, or somebody else uses it meanwhile
+                folder.rmdir()
+        raise
 
 
 class _Hold:

@@ -122,7 +122,8 @@ def test_a_file_that_is_given_as_a_dcp_folder_is_not_called_incomplete(tmp_path:
 def test_a_file_of_no_known_format_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(content)
-    assert refusal(path) == f"{path}: {KNOWN_FORMATS}"
+    cut = "; it begins as a torch.save file, and its end is missing: it was cut short" if content[:2] == b"PK" else ""
+    assert refusal(path) == f"{path}: {KNOWN_FORMATS}{cut}"
 
 
 def test_a_torchsnapshot_is_known_by_its_commit_mark(tmp_path: Path) -> None:

@@ -273,9 +273,12 @@ def test_a_copy_that_went_wrong_is_noticed(artifacts, root, monkeypatch):
 
     monkeypatch.setattr(versions, "_copy_file", miscopy)
     with pytest.raises(DigestMismatchError, match=r"staging-.*not those that were published"):
+        publish_version(artifacts[0], root / "below")
+    assert not root.exists()
+    (root / "versions").mkdir(parents=True)  # what was there before stays
+    with pytest.raises(DigestMismatchError, match=r"staging-.*not those that were published"):
         publish_version(artifacts[0], root)
-    assert listed(root) == set()
-    assert not (root / "current.json").exists()
+    assert [path.name for path in root.rglob("*")] == ["versions"]
 
 
 def test_a_version_that_was_damaged_since_is_not_made_current_again(artifacts, root):

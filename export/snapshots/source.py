@@ -255,10 +255,21 @@ def _is_complete(path: Location) -> bool:
 def _detect(path: Location) -> SnapshotFormat:
     kind = _format_of(path)
     if kind is None:
+        cut = (
+            "; it begins as a torch.save file, and its end is missing: it was cut short" if _begins_as_zip(path) else ""
+        )
         raise SnapshotError(
             f"{path}: is no snapshot of a known format (DCP folder, torchsnapshot, safetensors, torch.save in its zip form)"
+            f"{cut}"
         )
     return kind
+
+
+def _begins_as_zip(path: Location) -> bool:
+    if not is_file(path):
+        return False
+    with open_seekable(path) as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def _format_of(path: Location) -> SnapshotFormat | None:
