@@ -350,6 +350,10 @@ def _summary(artifact: Path, manifest: Manifest) -> str:
     for choice in manifest.choices:
         console.print("choice    ", f"{choice.table}: {choice.serving_precision}: {choice.reason}", soft_wrap=True)
     for figures in manifest.accuracy:
+        if figures.vanished_rows:
+            line = f"{figures.table}: {figures.vanished_rows:,} of {figures.rows_measured:,} rows, of which nothing is stored"
+            console.print("vanished  ", line, soft_wrap=True)
+    for figures in manifest.accuracy:
         if figures.outlier_rows:
             line = f"{figures.table}: {figures.outlier_rows:,} rows in which one value flattens the others"
             console.print("outliers  ", f"{line}; see reports/accuracy.json", soft_wrap=True)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import TaggedScalar
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.scalarbool import ScalarBoolean
 
 from export.config import ReleaseConfig
 from export.config_values import REFUSED
@@ -48,7 +49,11 @@ def load_config(path: str | Path) -> ReleaseConfig:
     if not isinstance(document, Mapping):
         raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(ReleaseConfig.model_fields)}")
     try:
-        config = ReleaseConfig.model_validate(_plain(document))
+        plain = _plain(document)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    try:
+        config = ReleaseConfig.model_validate(plain)
     except ValidationError as error:
         raise ConfigError("\n".join(_describe(path, document, error))) from error
     return _with_absolute_paths(config, path)
@@ -58,8 +63,15 @@ def _plain(node: Any) -> Any:
     """YAML nodes without the round-trip types, which pydantic's strict integers do not know."""
     if isinstance(node, TaggedScalar) and str(node.tag) == "tag:yaml.org,2002:str":
         return str(node.value)
+    if isinstance(node, ScalarBoolean):  # with an anchor: an int, and no bool
+        return bool(node)
     if isinstance(node, Mapping):
-        return {str(key): _plain(value) for key, value in node.items()}
+        plain = {}
+        for key, value in node.items():
+            if str(key) in plain:
+                raise ValueError(f"the key '{key}' is given twice, once as text")
+            plain[str(key)] = _plain(value)
+        return plain
     if isinstance(node, list):
         return [_plain(value) for value in node]
     for kind in (bool, int, float, str):

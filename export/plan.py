@@ -179,6 +179,7 @@ def _open_sources(config: ReleaseConfig, steps: Mapping[SnapshotConfig, int | No
         return snapshots[source].table(table, name)
 
     found = list(map_ordered(find, tables, _REQUESTS))  # all before the surgery, which lies beside them
+    snapshots[config.snapshot].check_one_collection()
     surgery = None
     if config.surgery is not None:
         surgery = open_surgery(config.surgery, config.large_embeddings, snapshots[config.snapshot])
@@ -341,6 +342,14 @@ def preview_release(config: ReleaseConfig, workers: int, sample: int, clock: Clo
         precision = chosen.get(table.name, config.serving_precision(table))
         if precision is not Precision.AUTO:
             precisions[table.name] = precision
+    if not refusal:  # what is fixed must keep to its budgets, too
+        refusal = "; ".join(
+            problem
+            for name, entries in found.items()
+            for entry in entries
+            if entry.precision is precisions.get(name)
+            for problem in entry.problems
+        )
     picked = [entry for name, entries in found.items() for entry in entries if entry.precision is precisions.get(name)]
     rows_of_auto = sum(
         entry.bytes for name, entries in found.items() for entry in entries if entry.precision is chosen.get(name)

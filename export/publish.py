@@ -8,6 +8,7 @@ next build of the same target removes, or resumes: its lock is then free, while 
 import errno
 import fcntl
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -153,8 +154,10 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def refuse_existing(target: Path) -> None:
-    """Raises a PublishError where the target exists."""
+    """Raises a PublishError where the target exists; what a build left that was killed when it was done goes then."""
     if os.path.lexists(target):
+        with suppress(OSError), _locked(target.parent):
+            _clean_up(target, target.parent, None)
         raise _existing(target)
 
 
@@ -216,7 +219,8 @@ def _make_container(target: Path, place: Path) -> _Held:
 def _clean_up(target: Path, place: Path, adopt: Callable[[Path], bool] | None) -> _Held | None:
     """Removes the containers of builds that were killed, whose lock is free, but the first to adopt."""
     adopted = None
-    for path in sorted(path for path in place.iterdir() if path.name.startswith(_prefix(target))):
+    ours = re.compile(re.escape(_prefix(target)) + "[a-z0-9_]{8}")  # as mkdtemp names them: of no longer target's name
+    for path in sorted(path for path in place.iterdir() if ours.fullmatch(path.name)):
         try:
             lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:

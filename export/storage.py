@@ -209,7 +209,8 @@ def fingerprints(locations: Sequence[Location]) -> list[tuple[object, ...]]:
 def _fingerprint(location: Location) -> tuple[object, ...]:
     if isinstance(location, Path):
         stat = location.stat()
-        return stat.st_size, stat.st_mtime_ns  # no inode: mounts of object stores number files anew
+        # Also the time that nobody sets back. No inode: mounts of object stores number files anew.
+        return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
     info = _ask(location, "info")
     return tuple((key, str(info[key])) for key in _VERSION_KEYS if key in info)
 

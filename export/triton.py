@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from export.errors import ExportError, PublishError
-from export.publish import publish, staged, write_file
+from export.publish import publish, refuse_inside_artifact, staged, write_file
 from runtime_py.compatibility import find_differences
 from runtime_py.errors import ManifestError
 from runtime_py.manifest import MANIFEST, Manifest
@@ -85,8 +85,7 @@ def write_repository(
     if not _NAME.fullmatch(name):
         raise ExportError(f"--name: {name!r}: give letters, digits and _ . - only, a letter or a digit first")
     repository = repository.resolve()
-    if repository.is_relative_to(artifact.resolve()):
-        raise ExportError(f"--repository: {repository} is inside the artifact, which never changes")
+    refuse_inside_artifact(repository, "--repository")
     if repository.is_dir() and repository.stat().st_dev != repository.parent.stat().st_dev:
         raise PublishError(
             f"--repository: {repository} is a mount point, and a model is written beside the repository before it appears "

@@ -14,6 +14,7 @@ import pytest
 import torch
 from references import stored_rows
 from safetensors import safe_open
+from safetensors.torch import load_file
 from support import FEATURES, PREFIX, TABLES, make_rows, state_dict, write_config
 
 from export import build_artifact
@@ -238,3 +239,38 @@ def test_an_output_inside_an_artifact_is_refused(built_artifact: Path, dcp_snaps
         with pytest.raises(PublishError, match=f"^{re.escape(text)}$"):
             build_artifact(config, output, workers=1)
     build_artifact(config, tmp_path / "artifact", workers=1)
+
+
+def test_tables_of_several_models_are_not_put_together(tmp_path: Path) -> None:
+    """A table that was renamed in one model would be taken from another, a teacher or an average of it."""
+    tables = [TABLES[0], TABLES[1]]
+    rows = make_rows(tables)
+    state = {
+        "online.ebc.embedding_bags.user.weight": rows["user"],
+        "teacher.ebc.embedding_bags.item.weight": rows["item"],
+        "online.ebc.embedding_bags.item_v2.weight": rows["item"],
+    }
+    torch.save(state, tmp_path / "s.pt")
+    text = (
+        f"{tmp_path}/s.pt: the tables are in several collections: 'online.ebc' has 'user', 'teacher.ebc' has 'item'; say "
+        "with snapshot.prefix which one is released, and take tables of another one with pretrained"
+    )
+    with pytest.raises(SnapshotError, match=f"^{re.escape(text)}"):
+        build(tmp_path, tmp_path / "s.pt", tables=tables)
+    taken = {"pretrained": {"embedding_snapshot_uri": "s.pt", "emb_name": "item"}}
+    artifact = build(tmp_path, tmp_path / "s.pt", tables=[tables[0], tables[1] | taken]).artifact
+    assert torch.equal(load_file(artifact / "weights/tables.safetensors")["item"], rows["item"].half())
+
+
+def test_a_build_that_was_killed_when_it_was_done_leaves_its_container_to_the_next_one(
+    tmp_path: Path, dcp_snapshot: Path
+) -> None:
+    build(tmp_path, dcp_snapshot)
+    left, other = tmp_path / ".artifact.staging-abcd1234", tmp_path / ".artifact.staging-b.staging-abcd1234"
+    for folder in (left, other):
+        folder.mkdir()
+        (folder / "export.lock").touch()
+    with pytest.raises(PublishError, match="exists already"):
+        build(tmp_path, dcp_snapshot)
+    assert not left.exists()
+    assert other.exists()  # of an artifact that is called artifact.staging-b

@@ -945,3 +945,17 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
             load_config(path)
         assert str(caught.value).startswith(f"{path}: cannot be read: ")
         assert problem in str(caught.value)
+
+
+def test_an_anchor_changes_no_boolean(tmp_path: Path) -> None:
+    """ruamel.yaml makes a number of one."""
+    text = BASE + "surgery: {module: 'a:B', kwargs: {one: &yes true, two: *yes, three: &no false}}\n"
+    (tmp_path / "release.yaml").write_text(text)
+    kwargs = load_config(tmp_path / "release.yaml").surgery.kwargs
+    assert [(type(value), value) for value in kwargs.values()] == [(bool, True), (bool, True), (bool, False)]
+
+
+def test_a_number_and_a_text_that_become_one_key_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "release.yaml").write_text(BASE + "surgery: {module: 'a:B', kwargs: {2: a, '2': b}}\n")
+    with pytest.raises(ConfigError, match=r"release.yaml: the key '2' is given twice, once as text$"):
+        load_config(tmp_path / "release.yaml")

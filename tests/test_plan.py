@@ -125,3 +125,14 @@ def test_a_report_is_never_written_into_the_artifact(built_artifact, tmp_path):
     assert f"{tmp_path}/absent/r.html: cannot be written: No such file or directory" in done.stderr
     assert run_export("report", built_artifact, "--output", tmp_path / "r.html").returncode == 0
     assert (tmp_path / "r.html").read_bytes() == (built_artifact / "reports/report.html").read_bytes()
+
+
+def test_a_plan_that_a_build_would_refuse_exits_with_3(tmp_path, dcp_snapshot):
+    budget = {"table_budgets": {"user": {"max_relative_l2": 1e-9}}}
+    config = write_config(tmp_path / "release.yaml", dcp_snapshot, parity=budget)
+    done = run_export("plan", "--config", config)
+    assert done.returncode == 3
+    assert "relative_l2 is " in done.stderr
+    assert "above its budget max_relative_l2: 1e-09" in done.stderr
+    assert "user" in done.stdout
+    assert run_export("build", "--config", config, "--output", tmp_path / "artifact").returncode == 3

@@ -239,7 +239,7 @@ def test_the_next_build_removes_what_a_killed_one_left_and_spares_a_live_one(tmp
 
 
 def test_the_empty_container_of_a_build_that_was_killed_before_it_had_its_lock_goes_too(tmp_path: Path) -> None:
-    (tmp_path / ".artifact.staging-abc").mkdir()
+    (tmp_path / ".artifact.staging-abcd_123").mkdir()
     with staged(tmp_path / "artifact"):
         pass
     assert tree(tmp_path) == {}

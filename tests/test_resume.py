@@ -1,5 +1,6 @@
 """Builds that are killed, and go on: nothing of what is finished is done twice, and nothing of it is believed."""
 
+import contextlib
 import json
 import os
 import random
@@ -58,7 +59,11 @@ def journals(output: Path) -> list[Path]:
 
 
 def finished(output: Path) -> int:
-    return sum(line.count(b'"key"') for path in journals(output) for line in path.read_bytes().splitlines())
+    count = 0
+    for path in journals(output):
+        with contextlib.suppress(FileNotFoundError):  # the build has ended since they were listed
+            count += sum(line.count(b'"key"') for line in path.read_bytes().splitlines())
+    return count
 
 
 def kill_after(build: subprocess.Popen, output: Path, pieces: int, number: int = signal.SIGKILL) -> str:

@@ -1,6 +1,7 @@
 """Finding a snapshot: its format, its step, and each table's tensor in it, or what is there instead."""
 
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -418,3 +419,21 @@ def test_a_safetensors_step_that_is_cut_short_is_not_taken(tmp_path: Path) -> No
     path = tmp_path / "4" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     assert read(tmp_path)[1].step == 3
+
+
+def test_a_folder_with_the_marks_of_two_formats_is_read_as_the_one_that_is_named(tmp_path: Path) -> None:
+    path = write_dcp(tmp_path / "both", {"user": TABLE})
+    (path / ".snapshot_metadata").write_text('{"version": "0.1.0", "world_size": 1, "manifest": {}}')
+    assert refusal(path) == (
+        f"{path}: has the commit marks of two formats, .metadata (dcp) and .snapshot_metadata (torchsnapshot); say with "
+        "snapshot.format which one to read"
+    )
+    assert torch.equal(read(path, format="dcp")[0], TABLE)
+
+
+def test_a_zip_that_torch_has_not_written_is_no_step(tmp_path: Path) -> None:
+    write_pt(tmp_path / "7.pt", {"user": TABLE})
+    with zipfile.ZipFile(tmp_path / "13.zip", "w") as archive:
+        archive.writestr("notes.txt", "13")
+    snapshot = open_snapshot(SnapshotConfig(uri=str(tmp_path)))
+    assert (snapshot.identity.step, snapshot.passed_over) == (7, [f"{tmp_path}/13.zip"])

@@ -326,6 +326,11 @@ def test_tables_of_two_models_leave_no_doubt_where_the_parameters_are(tmp_path: 
     moved = {name.replace("model.", "other." if ".tag." in name else "model."): tensor for name, tensor in rows.items()}
     config = write_release(tmp_path / "one", PROJECT, under_cut_point(projection(seed=4), "other.embeddings"))
     torch.save(moved | under_cut_point(projection(seed=4), "other.embeddings"), tmp_path / "one/s.pt")
+    document = json.loads(config.read_text())
+    for table in document["large_embeddings"]["tables"]:
+        if table["name"] == "tag":  # of the other model, on purpose
+            table["pretrained"] = {"embedding_snapshot_uri": "s.pt", "emb_name": "tag"}
+    config.write_text(json.dumps(document))
     assert torch.equal(planned(config)["project.weight"], projection(seed=4)["project.weight"])
     both = under_cut_point(projection()) | under_cut_point(projection(seed=4), "other.embeddings")
     torch.save(moved | both, tmp_path / "one/s.pt")
@@ -334,7 +339,6 @@ def test_tables_of_two_models_leave_no_doubt_where_the_parameters_are(tmp_path: 
         SurgeryError, match=rf"'surgery_cut_point' is there 2 times: {places}; say with surgery\.prefix"
     ):
         planned(config)
-    document = json.loads(config.read_text())
     torch.save(rows, tmp_path / "one/tables.pt")
     for table in document["large_embeddings"]["tables"]:
         pretrained = {"embedding_snapshot_uri": str(tmp_path / "one/tables.pt"), "emb_name": table["name"]}

@@ -61,6 +61,7 @@ class Snapshot:
         self._prefix = config.prefix
         self._index = index
         self._collections: set[str] = set()  # what stands before the names of the tables that were found
+        self._homes: dict[str, str] = {}  # such of tables that are no pretrained ones, and one table of each
         self._by_end: dict[str, list[str]] = {}
         for name in index.tensors:
             before, bags, after = name.rpartition(_BAGS)
@@ -76,6 +77,8 @@ class Snapshot:
                 or its files are incomplete.
         """
         tensor = self._find(table.name, stored_name or table.name)
+        if table.pretrained is None:
+            self._homes.setdefault(_collection(tensor.name, table.name), table.name)
         expected = (table.num_embeddings, table.embedding_dim)
         if tensor.shape != expected:
             hint = ", or bring back a missing shard file" if tensor.inferred else ""
@@ -89,6 +92,22 @@ class Snapshot:
                 f"data_type: {table.data_type}; correct one of them"
             )
         return TableRows(tensor, self._index.locate(tensor.name))
+
+    def check_one_collection(self) -> None:
+        """Makes sure that the tables that were found, but for pretrained ones, are of one model.
+
+        Raises:
+            SnapshotError: naming the places.
+        """
+        if len(self._homes) > 1:
+            places = ", ".join(
+                f"'{home}' has '{table}'" if home else f"the top has '{table}'"
+                for home, table in sorted(self._homes.items())
+            )
+            raise SnapshotError(
+                f"{self._path}: the tables are in several collections: {places}; say with snapshot.prefix which one is "
+                "released, and take tables of another one with pretrained (its embedding_snapshot_uri may be this snapshot)"
+            )
 
     def parameter(self, name: str, like: torch.Tensor, prefix: str | None) -> torch.Tensor:
         """The values of a surgery's parameter or buffer, which `prefix` and `name` name.
@@ -163,8 +182,13 @@ class Snapshot:
             raise SnapshotError(
                 f"table '{table}': {self._path} has no tensor '{wanted}'; it has: {', '.join(near) or 'no tensor at all'}"
             )
-        self._collections.add(found[0].removesuffix(end).rstrip("."))
+        self._collections.add(_collection(found[0], stored_name))
         return names[found[0]]
+
+
+def _collection(tensor: str, table: str) -> str:
+    """What stands before a table in the name of its tensor."""
+    return tensor.removesuffix(f"{_BAGS}{table}.weight").rstrip(".")
 
 
 def open_snapshot(config: SnapshotConfig) -> Snapshot:
@@ -254,6 +278,11 @@ def _is_complete(path: Location) -> bool:
 
 def _detect(path: Location) -> SnapshotFormat:
     kind = _format_of(path)
+    if kind is SnapshotFormat.TORCHSNAPSHOT and _has_mark(path, METADATA):
+        raise SnapshotError(
+            f"{path}: has the commit marks of two formats, {METADATA} (dcp) and {SNAPSHOT_METADATA} (torchsnapshot); say "
+            "with snapshot.format which one to read"
+        )
     if kind is None:
         cut = (
             "; it begins as a torch.save file, and its end is missing: it was cut short" if _begins_as_zip(path) else ""
@@ -263,6 +292,25 @@ def _detect(path: Location) -> SnapshotFormat:
             f"{cut}"
         )
     return kind
+
+
+def _has_mark(path: Location, mark: str) -> bool:
+    try:
+        return is_file(join(path, mark))
+    except OSError as error:
+        raise SnapshotError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _is_torch_file(path: Location) -> bool:
+    """Whether a file is a zip that torch.save has written, to its end; its pickle is called so in all of them."""
+    with open_seekable(path) as file:
+        if not zipfile.is_zipfile(file):
+            return False
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return any(PurePosixPath(name).name == "data.pkl" for name in archive.namelist())
+        except zipfile.BadZipFile:
+            return True  # torch says what is wrong with it
 
 
 def _begins_as_zip(path: Location) -> bool:
@@ -282,8 +330,7 @@ def _format_of(path: Location) -> SnapshotFormat | None:
         if is_safetensors(path):
             return SnapshotFormat.SAFETENSORS
         if is_file(path):
-            with open_seekable(path) as file:
-                return SnapshotFormat.STATE_DICT if zipfile.is_zipfile(file) else None
+            return SnapshotFormat.STATE_DICT if _is_torch_file(path) else None
     except OSError as error:
         raise SnapshotError(f"{path}: cannot be read: {error.strerror}") from error
     return None
