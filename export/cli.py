@@ -249,12 +249,19 @@ def rollback(
     version: Annotated[
         str | None, typer.Argument(help="The version, or the start of its name; default: the one before.")
     ] = None,
+    allow_signature_change: Annotated[
+        bool,
+        typer.Option(
+            "--allow-signature-change",
+            help="Take what running servers refuse, such as a table with fewer rows; they take it when they start again.",
+        ),
+    ] = False,
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
     """Verify an earlier version, and make it the one that servers take."""
     from export.versions import roll_back
 
-    move = roll_back(to, version)
+    move = roll_back(to, version, allow_signature_change=allow_signature_change)
     _write(_to_json(move.to_json()) if as_json else _describe_move(move))
 
 

@@ -91,6 +91,8 @@ def publish_version(
             with staged(versions / _STAGING) as staging:
                 _copy_artifact(artifact, manifest, staging.folder, versions)
                 with _locked(root):
+                    if not allow_signature_change:
+                        _check_callers(root, manifest)  # the pointer may have moved meanwhile
                     name = _name_version(versions, manifest)  # another one of this id may have been faster
                     copied = not (versions / name).exists()
                     if copied:
@@ -105,6 +107,8 @@ def publish_version(
                 ):  # deleted, and another one published, before the hold
                     raise PublishError(f"{versions / name}: was replaced meanwhile; publish again")
                 with _locked(root):
+                    if not allow_signature_change:
+                        _check_callers(root, manifest)
                     move = _make_current(root, name, copied, keep)
     with suppress(OSError):  # those of a publisher that was killed as well; what is left, the next one removes
         for hidden in versions.glob(f"{_DELETED}*"):
@@ -112,12 +116,13 @@ def publish_version(
     return move
 
 
-def roll_back(root: Path, to: str | None = None) -> Move:
+def roll_back(root: Path, to: str | None = None, *, allow_signature_change: bool = False) -> Move:
     """Makes an earlier version current again: the one before, or the one whose name, or the start of it, is `to`.
 
     Raises:
         ArtifactError: that version is damaged; the pointer stays.
-        PublishError: there is no such version, somebody else has moved the pointer since the one before was looked up, or
+        PublishError: there is no such version, servers that follow the root would refuse it and
+            `allow_signature_change` is not given, somebody else has moved the pointer since the one before was looked up, or
             the root cannot be written.
     """
     names = _list_versions(root)
@@ -128,8 +133,10 @@ def roll_back(root: Path, to: str | None = None) -> Move:
     else:
         name = _find_version(root, names, to)
     with writing(root / POINTER), closing(_Hold(root / VERSIONS / name)):
-        verify_artifact(root / VERSIONS / name)
+        manifest = verify_artifact(root / VERSIONS / name)
         with _locked(root):
+            if not allow_signature_change:
+                _check_callers(root, manifest)
             if before is not None and read_pointer(root / POINTER) != before:
                 raise PublishError(f"{root / POINTER}: was moved meanwhile; look what is current, and run again")
             pointer, moved = _move(root, name, back=True)
@@ -138,10 +145,12 @@ def roll_back(root: Path, to: str | None = None) -> Move:
 
 def _check_callers(root: Path, manifest: Manifest) -> None:
     """Compares an artifact with the version that is current, as the servers do that follow the root."""
+    if not os.path.lexists(root / POINTER):
+        return
+    current = read_pointer(root / POINTER).version
     try:
-        current = read_pointer(root / POINTER).version
         problems = find_differences(read_manifest(root / VERSIONS / current), manifest)
-    except ArtifactError:  # there is none, or it is damaged: what is published mends that
+    except ArtifactError:  # it is damaged, and what is current from now on mends that
         return
     if problems:
         raise PublishError(

@@ -183,6 +183,36 @@ def test_what_servers_would_refuse_is_not_made_current(artifacts, root, rebuild)
     assert current(root) == read_manifest(renamed).artifact_id
 
 
+def test_a_rollback_that_servers_would_refuse_says_so(artifacts, root, rebuild):
+    """A table has grown since: the version before has fewer rows than callers may ask for."""
+    before = publish_version(artifacts[0], root).version
+    tables = [TABLES[0] | {"num_embeddings": 400}, *TABLES[1:]]
+    grown = publish_version(rebuild(tables, make_rows(tables)), root).version
+    done = run_export("rollback", "--to", root)
+    assert done.returncode == 1
+    assert "table 'user' has 300 rows, 400 as served" in done.stderr
+    assert current(root) == grown
+    done = run_export("rollback", "--to", root, "--allow-signature-change")
+    assert (done.returncode, current(root)) == (0, before), done.stderr
+
+
+def test_a_pointer_that_moves_while_a_version_is_copied_is_compared_again(artifacts, root, rebuild, monkeypatch):
+    publish_version(artifacts[0], root)
+    renamed = rebuild([TABLES[0] | {"feature_names": ["visitor"]}, *TABLES[1:]], make_rows(TABLES))
+    copy = versions._copy_artifact
+
+    def copy_slowly(*arguments):
+        monkeypatch.undo()
+        copy(*arguments)
+        publish_version(renamed, root, allow_signature_change=True)
+
+    monkeypatch.setattr(versions, "_copy_artifact", copy_slowly)
+    with pytest.raises(PublishError, match=r"features are user, .*; visitor, "):
+        publish_version(artifacts[1], root)
+    assert current(root) == read_manifest(renamed).artifact_id
+    assert listed(root) == {ids(artifacts)[0], current(root)}
+
+
 @pytest.mark.parametrize("inside", ["", "versions-here", "graphs/a/b"])
 def test_a_root_inside_an_artifact_is_refused(artifact_copy, inside):
     before = sorted(artifact_copy.rglob("*"))
