@@ -6,6 +6,7 @@ mapping to it and warms it up. Nothing is copied: N processes that load one arti
 
 import mmap
 import os
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -201,7 +202,8 @@ class Artifact:
         inputs = (values, lengths) if weights is None else (values, lengths, weights)
         for turn in range(6):
             try:
-                pooled = self.graph(*inputs) if turn % 2 else self.lookup(values, lengths, weights)
+                with torch.autocast("cpu", enabled=False):  # the caller's would change what a surgery gives
+                    pooled = self.graph(*inputs) if turn % 2 else self.lookup(values, lengths, weights)
             except RuntimeError as error:
                 raise GraphError(f"{path} does not run on the manifest's features: {last_line(error)}") from error
             if not isinstance(pooled, torch.Tensor):
@@ -289,10 +291,13 @@ def load_artifact(
     splits = threads > 1 and manifest.surgery is None and graph.backend == "torchscript"
     team = Team(threads) if splits else None
     artifact = Artifact(manifest, graph.backend, run, invalid_ids, vocabularies, mapping, team)
-    # On a thread of its own: the threads that torch's operators start for their caller are not there after a fork, and the
-    # child of a thread that has some waits for them for ever. The caller's autocast does not reach there, either.
-    with ThreadPoolExecutor(1) as apart:
-        apart.submit(artifact.warm_up, graph.path).result()
+    if threading.current_thread() is threading.main_thread():
+        # On a thread of its own: the threads that torch's operators start for their caller are not there after a fork, and
+        # the child of a thread that has some waits for them for ever. It costs some MiB of malloc's: not at every refresh.
+        with ThreadPoolExecutor(1) as apart:
+            apart.submit(artifact.warm_up, graph.path).result()
+    else:
+        artifact.warm_up(graph.path)
     return artifact
 
 
