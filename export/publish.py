@@ -29,6 +29,7 @@ __all__ = [
     "publish",
     "refuse_existing",
     "refuse_inside_artifact",
+    "remove_empty",
     "staged",
     "write_file",
     "writing",
@@ -92,7 +93,7 @@ def staged(
                     _remove(held.container)
                 os.close(held.lock)
             if not os.path.lexists(target):
-                _remove_empty(made)
+                remove_empty(made)
 
 
 @contextmanager
@@ -177,7 +178,8 @@ def _existing(target: Path) -> PublishError:
     return PublishError(f"{target}: exists already; what is published is never changed, choose another name")
 
 
-def _remove_empty(folders: list[Path]) -> None:
+def remove_empty(folders: list[Path]) -> None:
+    """Removes those of the folders, innermost first, that are empty."""
     for folder in folders:
         with suppress(OSError):  # it was never made, or somebody else uses it meanwhile
             folder.rmdir()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from export.errors import PublishError
-from export.publish import fsync, publish, refuse_inside_artifact, staged, writing
+from export.publish import fsync, publish, refuse_inside_artifact, remove_empty, staged, writing
 from runtime_py.compatibility import find_differences
 from runtime_py.digests import ZEROED, Digest
 from runtime_py.documents import FORMAT_VERSION
@@ -171,9 +171,7 @@ def _folders(root: Path) -> Iterator[None]:
                 fsync(folder.parent)
         yield
     except BaseException:
-        for folder in missing:
-            with suppress(OSError):  # it was never made, or somebody else uses it meanwhile
-                folder.rmdir()
+        remove_empty(missing)
         raise
 
 

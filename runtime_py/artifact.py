@@ -291,14 +291,21 @@ def load_artifact(
     splits = threads > 1 and manifest.surgery is None and graph.backend == "torchscript"
     team = Team(threads) if splits else None
     artifact = Artifact(manifest, graph.backend, run, invalid_ids, vocabularies, mapping, team)
-    if threading.current_thread() is threading.main_thread():
-        # On a thread of its own: the threads that torch's operators start for their caller are not there after a fork, and
-        # the child of a thread that has some waits for them for ever. It costs some MiB of malloc's: not at every refresh.
-        with ThreadPoolExecutor(1) as apart:
-            apart.submit(artifact.warm_up, graph.path).result()
-    else:
-        artifact.warm_up(graph.path)
+    _warm_up(artifact, graph)
     return artifact
+
+
+def _warm_up(artifact: Artifact, graph: Graph) -> None:
+    """On a thread of its own, where the main thread loads.
+
+    The threads that torch's operators start for their caller are not there after a fork, and the child of a thread that has
+    some waits for them for ever. Another thread costs some MiB of malloc's: not at every refresh.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        artifact.warm_up(graph.path)
+        return
+    with ThreadPoolExecutor(1) as apart:
+        apart.submit(artifact.warm_up, graph.path).result()
 
 
 def _choose_graph(manifest: Manifest, backend: str, device: str) -> Graph:

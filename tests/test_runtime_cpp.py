@@ -74,13 +74,19 @@ def missing_tool():
 
 
 @pytest.fixture(scope="session")
-def build(tmp_path_factory):
-    """The folder of the built example, and what the compiler said."""
+def shared(tmp_path_factory):
+    """A folder for what is compiled once for all workers of xdist."""
     reason = missing_tool()
     if reason:
         pytest.skip(reason)
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if base.name.startswith("popen-") else base) / "runtime_cpp"  # one for all workers of xdist
+    return base.parent if base.name.startswith("popen-") else base
+
+
+@pytest.fixture(scope="session")
+def build(shared):
+    """The folder of the built example, and what the compiler said."""
+    folder = shared / "runtime_cpp"
     folder.mkdir(exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -102,13 +108,9 @@ def build(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def loader(tmp_path_factory):
+def loader(shared):
     """Runs tests/loader.cpp, built as the README builds a server without CMake."""
-    reason = missing_tool()
-    if reason:
-        pytest.skip(reason)
-    base = tmp_path_factory.getbasetemp()
-    program = (base.parent if base.name.startswith("popen-") else base) / "loader"  # one for all workers of xdist
+    program = shared / "loader"
     home = Path(torch.__file__).parent
     with program.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

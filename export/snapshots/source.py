@@ -3,7 +3,8 @@
 import difflib
 import re
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -60,8 +61,7 @@ class Snapshot:
         self.passed_over = list(passed_over)
         self._prefix = config.prefix
         self._index = index
-        self._collections: set[str] = set()  # what stands before the names of the tables that were found
-        self._homes: dict[str, str] = {}  # such of tables that are no pretrained ones, and one table of each
+        self._homes: dict[str, str] = {}  # what stands before tables that are no pretrained ones, and one table of each
         self._by_end: dict[str, list[str]] = {}
         for name in index.tensors:
             before, bags, after = name.rpartition(_BAGS)
@@ -78,7 +78,8 @@ class Snapshot:
         """
         tensor = self._find(table.name, stored_name or table.name)
         if table.pretrained is None:
-            self._homes.setdefault(_collection(tensor.name, table.name), table.name)
+            home = tensor.name.removesuffix(f"{_BAGS}{table.name}.weight").rstrip(".")
+            self._homes.setdefault(home, table.name)
         expected = (table.num_embeddings, table.embedding_dim)
         if tensor.shape != expected:
             hint = ", or bring back a missing shard file" if tensor.inferred else ""
@@ -147,20 +148,14 @@ class Snapshot:
         return names[wanted]
 
     def _cut_point(self, name: str) -> str:
-        """Where all parameters are by default: at the cut point of the model that has the tables, and of no other one."""
-        parents = sorted({collection.rpartition(".")[0] for collection in self._collections})
-        places = [f"{parent}.{CUT_POINT}" if parent else CUT_POINT for parent in parents]
-        if len(places) > 1:  # of several models, one may have a surgery
-            places = [p for p in places if any(tensor.startswith(f"{p}.") for tensor in self._index.tensors)] or places
-        if len(places) == 1:
-            return places[0]
-        problem = (
-            f"is there {len(places)} times: {', '.join(places)}" if places else "is nowhere: no table is read from it"
-        )
-        raise SnapshotError(
-            f"{self._path}: '{name}' is looked for beside the tables, and '{CUT_POINT}' {problem}; "
-            "say with surgery.prefix where the parameters are"
-        )
+        """Where all parameters are by default: at the cut point of the model that has the tables."""
+        if not self._homes:
+            raise SnapshotError(
+                f"{self._path}: '{name}' is looked for beside the tables, and no table is read from it; say with "
+                "surgery.prefix where the parameters are"
+            )
+        parent = next(iter(self._homes)).rpartition(".")[0]
+        return f"{parent}.{CUT_POINT}" if parent else CUT_POINT
 
     def _find(self, table: str, stored_name: str) -> StoredTensor:
         end = f"{_BAGS}{stored_name}.weight"
@@ -182,13 +177,7 @@ class Snapshot:
             raise SnapshotError(
                 f"table '{table}': {self._path} has no tensor '{wanted}'; it has: {', '.join(near) or 'no tensor at all'}"
             )
-        self._collections.add(_collection(found[0], stored_name))
         return names[found[0]]
-
-
-def _collection(tensor: str, table: str) -> str:
-    """What stands before a table in the name of its tensor."""
-    return tensor.removesuffix(f"{_BAGS}{table}.weight").rstrip(".")
 
 
 def open_snapshot(config: SnapshotConfig) -> Snapshot:
@@ -278,25 +267,27 @@ def _is_complete(path: Location) -> bool:
 
 def _detect(path: Location) -> SnapshotFormat:
     kind = _format_of(path)
-    if kind is SnapshotFormat.TORCHSNAPSHOT and _has_mark(path, METADATA):
+    with _reading(path):
+        both = kind is SnapshotFormat.TORCHSNAPSHOT and is_file(join(path, METADATA))
+        cut = kind is None and _begins_as_zip(path)
+    if both:
         raise SnapshotError(
             f"{path}: has the commit marks of two formats, {METADATA} (dcp) and {SNAPSHOT_METADATA} (torchsnapshot); say "
             "with snapshot.format which one to read"
         )
     if kind is None:
-        cut = (
-            "; it begins as a torch.save file, and its end is missing: it was cut short" if _begins_as_zip(path) else ""
-        )
         raise SnapshotError(
             f"{path}: is no snapshot of a known format (DCP folder, torchsnapshot, safetensors, torch.save in its zip form)"
-            f"{cut}"
+            f"{'; it begins as a torch.save file, and its end is missing: it was cut short' if cut else ''}"
         )
     return kind
 
 
-def _has_mark(path: Location, mark: str) -> bool:
+@contextmanager
+def _reading(path: Location) -> Iterator[None]:
+    """Makes an OSError of the body a SnapshotError."""
     try:
-        return is_file(join(path, mark))
+        yield
     except OSError as error:
         raise SnapshotError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -322,15 +313,13 @@ def _begins_as_zip(path: Location) -> bool:
 
 def _format_of(path: Location) -> SnapshotFormat | None:
     """The format of a complete snapshot, or None."""
-    try:
+    with _reading(path):
         if is_file(join(path, SNAPSHOT_METADATA)):
             return SnapshotFormat.TORCHSNAPSHOT
         if is_file(join(path, METADATA)):
             return SnapshotFormat.DCP
         if is_safetensors(path):
             return SnapshotFormat.SAFETENSORS
-        if is_file(path):
-            return SnapshotFormat.STATE_DICT if _is_torch_file(path) else None
-    except OSError as error:
-        raise SnapshotError(f"{path}: cannot be read: {error.strerror}") from error
+        if is_file(path) and _is_torch_file(path):
+            return SnapshotFormat.STATE_DICT
     return None
