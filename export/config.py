@@ -219,10 +219,11 @@ class OptimizerConfig(_Section):
 
 
 class EmbeddingSnapshot(_Section):
-    """Another snapshot, and the table in it, whose rows a table takes."""
+    """Another snapshot, and the table in it, whose rows a table takes; `prefix` as of the release's own snapshot."""
 
     emb_name: Annotated[str, Field(min_length=1)]
     embedding_snapshot_uri: Annotated[str, Field(min_length=1)]
+    prefix: str | None = None
 
 
 _S = TypeVar("_S")

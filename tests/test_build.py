@@ -262,6 +262,32 @@ def test_tables_of_several_models_are_not_put_together(tmp_path: Path) -> None:
     assert torch.equal(load_file(artifact / "weights/tables.safetensors")["item"], rows["item"].half())
 
 
+def test_a_pretrained_table_of_one_of_several_models_is_named_by_its_prefix(tmp_path: Path) -> None:
+    tables = [TABLES[0], TABLES[1]]
+    rows, taught, averaged = (make_rows(tables, seed) for seed in range(3))
+    torch.save(state_dict(rows), tmp_path / "s.pt")
+    torch.save({**state_dict(taught, "teacher"), **state_dict(averaged, "average.ebc")}, tmp_path / "other.pt")
+    taken = {"embedding_snapshot_uri": "other.pt", "emb_name": "item"}
+    text = (
+        f"table 'item': {tmp_path}/other.pt has 2 candidates: teacher.embedding_bags.item.weight, "
+        "average.ebc.embedding_bags.item.weight; say which with pretrained.prefix"
+    )
+    with pytest.raises(SnapshotError, match=f"^{re.escape(text)}"):
+        build(tmp_path, tmp_path / "s.pt", tables=[tables[0], tables[1] | {"pretrained": taken}])
+    with pytest.raises(SnapshotError, match=r"has no tensor 'pupil\.embedding_bags\.item\.weight'"):
+        build(tmp_path, tmp_path / "s.pt", tables=[tables[0], tables[1] | {"pretrained": taken | {"prefix": "pupil"}}])
+    both = [
+        table | {"pretrained": taken | {"emb_name": table["name"], "prefix": prefix}}
+        for table, prefix in zip(tables, ("teacher", "average.ebc"), strict=True)
+    ]
+    artifact = build(tmp_path, tmp_path / "s.pt", tables=both).artifact
+    stored = load_file(artifact / "weights/tables.safetensors")
+    assert torch.equal(stored["user"], taught["user"].half())
+    assert torch.equal(stored["item"], averaged["item"].half())
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    assert len(manifest["provenance"]["snapshots"]) == 2
+
+
 def test_a_build_that_was_killed_when_it_was_done_leaves_its_container_to_the_next_one(
     tmp_path: Path, dcp_snapshot: Path
 ) -> None:

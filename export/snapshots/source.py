@@ -76,7 +76,11 @@ class Snapshot:
             SnapshotError: the table is missing or ambiguous, has another shape or type than the configuration says,
                 or its files are incomplete.
         """
-        tensor = self._find(table.name, stored_name or table.name)
+        if table.pretrained is None:
+            prefix, key = self._prefix, "snapshot.prefix"
+        else:
+            prefix, key = table.pretrained.prefix, "pretrained.prefix"
+        tensor = self._find(table.name, stored_name or table.name, prefix, key)
         if table.pretrained is None:
             home = tensor.name.removesuffix(f"{_BAGS}{table.name}.weight").rstrip(".")
             self._homes.setdefault(home, table.name)
@@ -157,11 +161,12 @@ class Snapshot:
         parent = next(iter(self._homes)).rpartition(".")[0]
         return f"{parent}.{CUT_POINT}" if parent else CUT_POINT
 
-    def _find(self, table: str, stored_name: str) -> StoredTensor:
+    def _find(self, table: str, stored_name: str, prefix: str | None, key: str) -> StoredTensor:
+        """The table's tensor; `key` is where the configuration says what stands before it."""
         end = f"{_BAGS}{stored_name}.weight"
         names = self._index.tensors
-        if self._prefix is not None:
-            wanted = f"{self._prefix.rstrip('.')}.{end}" if self._prefix else end
+        if prefix is not None:
+            wanted = f"{prefix.rstrip('.')}.{end}" if prefix else end
             found = [wanted] if wanted in names else []
         else:
             wanted = f"…{end}"
@@ -169,7 +174,7 @@ class Snapshot:
         if len(found) > 1:
             raise SnapshotError(
                 f"table '{table}': {self._path} has {len(found)} candidates: {', '.join(found)}; "
-                "say which with snapshot.prefix (what stands before 'embedding_bags')"
+                f"say which with {key} (what stands before 'embedding_bags')"
             )
         if not found:
             tables = [name for name in names if name.endswith(".weight") and "embedding_bags." in name]
