@@ -373,13 +373,16 @@ def test_a_table_of_another_shape_is_refused_with_both_shapes(
     )
 
 
+OTHER_TYPE = "rows are read from torch.float32 or torch.float16: save them as one of these"
+
+
 @pytest.mark.parametrize(
-    ("stored", "data_type", "name"),
+    ("stored", "data_type", "name", "remedy"),
     [
-        (torch.float16, "fp32", "torch.float16"),
-        (torch.float32, "fp16", "torch.float32"),
-        (torch.bfloat16, "fp16", "torch.bfloat16"),
-        (torch.float64, "fp32", "torch.float64"),
+        (torch.float16, "fp32", "torch.float16", "correct one of them"),
+        (torch.float32, "fp16", "torch.float32", "correct one of them"),
+        (torch.bfloat16, "fp16", "torch.bfloat16", OTHER_TYPE),
+        (torch.float64, "fp32", "torch.float64", OTHER_TYPE),
     ],
 )
 @pytest.mark.parametrize("write", [write_pt, write_safetensors, write_dcp])
@@ -389,6 +392,7 @@ def test_a_table_of_another_type_is_refused_with_both_types(
     stored: torch.dtype,
     data_type: str,
     name: str,
+    remedy: str,
 ) -> None:
     path = write(
         tmp_path / ("model.safetensors" if write is write_safetensors else "model"), {"user": TABLE.to(stored)}
@@ -396,7 +400,7 @@ def test_a_table_of_another_type_is_refused_with_both_types(
     table = EmbeddingBagConfig.model_validate({**USER.model_dump(), "data_type": data_type})
     assert refusal(path, table) == (
         f"table 'user': {path} has '{PREFIX}.{STORED}' of type {name}, the configuration says data_type: {data_type}; "
-        "correct one of them"
+        f"{remedy}"
     )
 
 

@@ -92,9 +92,12 @@ class Snapshot:
                 f"says {list(expected)} (num_embeddings, embedding_dim); correct one of them{hint}"
             )
         if tensor.dtype != _DTYPES[table.data_type]:
+            remedy = "correct one of them"
+            if tensor.dtype not in _DTYPES.values():
+                remedy = f"rows are read from {' or '.join(map(str, _DTYPES.values()))}: save them as one of these"
             raise SnapshotError(
                 f"table '{table.name}': {self._path} has '{tensor.name}' of type {tensor.dtype}, the configuration says "
-                f"data_type: {table.data_type}; correct one of them"
+                f"data_type: {table.data_type}; {remedy}"
             )
         return TableRows(tensor, self._index.locate(tensor.name))
 
