@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime_py.aot_inductor import HOST
+from runtime_py.constants import HOST
 from runtime_py.manifest import ROW_FORMATS, Table
 from runtime_py.manifest import Feature as ManifestFeature
 

@@ -9,8 +9,9 @@ Modules: `artifact` (load and look up), `inputs` (requests in the forms that cal
 over it), `lookups` and `team` (running it, on one core or several), `pooled` (results), `tally` (counts), `residency`
 (pages), `verify` (is it what was published), `tensor_file` (a mapped file of known tensors), `weights` and `vocabulary`
 (its two kinds), `manifest` (the contract), `manifest_reader` and `documents` (read strictly), `torchscript` and
-`aot_inductor` (the graphs), `operators` (FBGEMM's libraries), `golden` (answers to replay), `pointer` (the current one
-of many versions), `reloading` (follows it), `compatibility`, `digests`, `parallel`, `errors`.
+`aot_inductor` (the graphs), `constants` (what they know of the rows), `operators` (FBGEMM's libraries), `golden` (answers
+to replay), `pointer` (the current one of many versions), `reloading` (follows it), `compatibility`, `digests`,
+`parallel`, `errors`.
 On a GPU: `cuda` (load), `device_layout` (where tables lie), `device_rows` (their way there), `device_graph` (the graph over
 them), `device_artifact` and `captured` (look up), `device_inputs` (checks there), `device_stream`.
 """

@@ -15,14 +15,13 @@ from pathlib import Path
 
 import torch
 
+from runtime_py.constants import make_constants
 from runtime_py.errors import GraphError, UnsupportedError
-from runtime_py.manifest import ROW_FORMATS, Graph, Manifest
+from runtime_py.manifest import Graph, Manifest
 from runtime_py.torchscript import last_line, versions
-from runtime_py.weights import view_parameters
 
-__all__ = ["HOST", "ISAS", "check_isa", "load_aot_inductor", "make_constants"]
+__all__ = ["ISAS", "check_isa", "load_aot_inductor"]
 
-HOST = 3  # fbgemm EmbeddingLocation.HOST: rows are read from `weights` in host memory
 _MODEL = "model"  # what torch calls the one model of a package
 _MOST_RUNNERS = 16  # each serves a thread at a time
 _OF_MEANS = "column_features"  # a constant of graphs that pool by mean, and of no others
@@ -71,30 +70,6 @@ def _cpu_flags() -> set[str]:
     except OSError as error:
         raise UnsupportedError(f"cannot tell what this CPU has: /proc/cpuinfo: {error.strerror}") from error
     return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
-
-
-def make_constants(manifest: Manifest, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Every constant that the graph may have, by name: `weights`, what says how to read them, and a surgery's parameters."""
-    tables = [manifest.table[feature.table] for feature in manifest.features]
-    dims = [table.embedding_dim for table in tables]
-    columns = [feature for feature, dim in enumerate(dims) for _ in range(dim)]
-    any_mean = any(feature.pooling == "mean" for feature in manifest.features)
-
-    def tensor(values: object, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device="cpu")  # whatever the process's default device
-
-    return {
-        "weights": weights,
-        "weights_placements": tensor([HOST] * len(tables), torch.int32),
-        "weights_offsets": tensor([table.offset_bytes for table in tables], torch.int64),
-        "weights_types": tensor([ROW_FORMATS[table.serving_precision].sparse_type for table in tables], torch.uint8),
-        "dim_offsets": tensor(list(itertools.accumulate(dims, initial=0)), torch.int32),
-        "num_embeddings": tensor([table.num_embeddings for table in tables], torch.int64),
-        "is_mean": tensor([[feature.pooling == "mean"] for feature in manifest.features], torch.bool),
-        "is_weighted": tensor([feature.weighted for feature in manifest.features], torch.bool),
-        "column_features": tensor(columns if any_mean else [], torch.int64),
-        **{f"surgery.module.{name}": view for name, view in view_parameters(manifest, weights).items()},
-    }
 
 
 def _borrow(tensor: torch.Tensor) -> torch.Tensor:

@@ -210,6 +210,8 @@ class Artifact:
                 raise GraphError(f"{path} gives a {type(pooled).__name__}, expected a tensor")
             if pooled.shape != (1, width) or pooled.dtype is not torch.float32:
                 raise GraphError(f"{path} gives {list(pooled.shape)} {pooled.dtype}, expected [1, {width}] float32")
+        if self._lookups.team is not None:
+            self._lookups.compare_with_graph(self._lookups.team)
 
 
 def load_artifact(
@@ -220,6 +222,7 @@ def load_artifact(
     verify: Verify = "full",
     invalid_ids: InvalidIds = "error",
     threads: int = 1,
+    spin_us: int = 1000,
     prefault: bool = False,
     lock_memory: bool = False,
     placement: Placement = "device",
@@ -235,8 +238,10 @@ def load_artifact(
             (see `verify_artifact`).
         invalid_ids: "error" refuses a request with an id outside its table; "zero" gives that id a zero vector; "row:<k>"
             gives it row k, which every table must have. Whatever was replaced is counted by feature.
-        threads: cores that a request of 8,192 ids and 2 MiB of rows or more may use, the caller's included; one
+        threads: cores that a request of 8,192 ids and 1 MiB of rows or more may use, the caller's included; one
             where there is a surgery, or with "aot_inductor", which runs one lookup at a time.
+        spin_us: how many microseconds each further thread looks out for the next such request, at full use of its core,
+            before it sleeps; to wake one that sleeps takes 20 to 100.
         prefault: whether all rows and vocabularies are brought into memory now rather than at their first use.
         lock_memory: whether they are kept there; that brings them in, too, and needs RLIMIT_MEMLOCK.
         placement: on a GPU, where rows lie that do not fit into `device_memory_bytes`: "device" refuses, "uvm" leaves them in
@@ -252,8 +257,10 @@ def load_artifact(
         ValueError: an option is none of these.
     """
     device = str(device)
-    if type(threads) is not int or threads < 1:
-        raise ValueError(f"threads must be 1 or more, got {threads!r}")
+    if type(threads) is not int or not 1 <= threads <= 1024:
+        raise ValueError(f"threads must be between 1 and 1024, got {threads!r}")
+    if type(spin_us) is not int or not 0 <= spin_us <= 10**9:
+        raise ValueError(f"spin_us must be between 0 and {10**9}, got {spin_us!r}")
     if device.partition(":")[0] == "cuda":
         if threads != 1 or prefault or lock_memory:
             raise ValueError(f"threads, prefault and lock_memory are for a CPU, and device is {device!r}")
@@ -289,7 +296,7 @@ def load_artifact(
                 residency.lock(file.mapping, file.path.name)
     # What a surgery does with the other examples of a batch is its own affair. Compiled graphs hold the interpreter's lock.
     splits = threads > 1 and manifest.surgery is None and graph.backend == "torchscript"
-    team = Team(threads) if splits else None
+    team = Team(manifest, weights, threads, spin_us) if splits else None
     artifact = Artifact(manifest, graph.backend, run, invalid_ids, vocabularies, mapping, team)
     _warm_up(artifact, graph)
     return artifact

@@ -19,14 +19,24 @@ from runtime_py.errors import InvalidInputError
 from runtime_py.jagged import Limits, add_lengths
 from runtime_py.manifest import Manifest, Table
 
-__all__ = ["ZERO", "Checked", "InvalidIds", "RequestChecker", "check_lengths", "count_ids", "describe", "parse_policy"]
+__all__ = [
+    "NONE_REPLACED",
+    "ZERO",
+    "Checked",
+    "InvalidIds",
+    "RequestChecker",
+    "check_lengths",
+    "count_ids",
+    "describe",
+    "parse_policy",
+]
 
 InvalidIds = str
 """What becomes of an id that no row has: "error", "zero" (a zero vector), or "row:<k>" (row k in its place)."""
 
 ZERO = -1  # FBGEMM's mark for a row that is not there: a zero vector
 _ROW = re.compile(r"row:(0|[1-9][0-9]{0,18})")
-_NONE: Mapping[str, int] = MappingProxyType({})  # all answers share it
+NONE_REPLACED: Mapping[str, int] = MappingProxyType({})  # all answers share it
 # Named here, as each dot costs a request a look into a dictionary that the lookup before has put out of the caches.
 _TENSOR, _STRIDED, _INT32, _INT64 = torch.Tensor, torch.strided, torch.int32, torch.int64
 _UINT64 = np.dtype(np.uint64)
@@ -96,16 +106,17 @@ class RequestChecker:
         """Whether an id outside its table is an error."""
         return self._replacement is None
 
-    def measure(
-        self, values: Any, lengths: Any, weights: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Checks all but the ids: values int64 [N], the offsets of bags int64 [F * B + 1], weights float32, all contiguous.
+    def accept(self, values: Any, lengths: Any, weights: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Values int64 [N], lengths int32 [F * B] and weights float32 [N], all contiguous; what they say is not checked.
 
         Raises:
             InvalidInputError: naming feature, position, value and what is allowed.
         """
         if type(values) is not _TENSOR or values.dtype is not _INT64 or not _is_plain(values):
-            values = _to_plain("values", as_integers("values", values).to(torch.int64))
+            values = as_integers("values", values)
+            if values.numel() >= 2**31:  # before a copy is made
+                raise _too_many(values.numel())
+            values = _to_plain("values", values.to(torch.int64))
         if type(lengths) is not _TENSOR or lengths.dtype is not _INT32 or not _is_plain(lengths):
             lengths = _to_plain("lengths", self._narrow(as_integers("lengths", lengths), values))
         if weights is not None or self.weighted:
@@ -116,12 +127,20 @@ class RequestChecker:
         if weights is not None and weights.numel() != count:
             raise InvalidInputError(f"per_sample_weights: {weights.numel()} weights for {count} values")
         if count >= 2**31:  # the graphs' offsets are int32, as the lengths are
-            raise InvalidInputError(f"values: {count} ids; a request has fewer than 2**31")
-        bags = lengths.numel()
+            raise _too_many(count)
+        return values, lengths, weights
+
+    def measure(self, values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Adds up what `accept` has returned: where bags begin, int64 [F * B + 1].
+
+        Raises:
+            InvalidInputError: naming the feature, and what its lengths are.
+        """
+        count, bags = values.numel(), lengths.numel()
         offsets = values.new_empty(bags + 1)
         if add_lengths(lengths, offsets) != count or bags % self._count:
             self._refuse_lengths(lengths, count)
-        return values, offsets, weights
+        return offsets
 
     def check(self, values: Any, lengths: Any, weights: Any) -> Checked:
         """Checks a request in the raw signature, and copies its ids.
@@ -129,19 +148,21 @@ class RequestChecker:
         Raises:
             InvalidInputError: naming feature, position, value and what is allowed.
         """
-        return self.check_measured(*self.measure(values, lengths, weights))
+        values, lengths, weights = self.accept(values, lengths, weights)
+        return self.check_accepted(values, lengths, weights)
 
-    def check_measured(self, values: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None) -> Checked:
-        """As `check`, with what `measure` has returned."""
+    def check_accepted(self, values: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None) -> Checked:
+        """As `check`, of what `accept` has returned."""
+        offsets = self.measure(values, lengths)
         ids = values.new_empty(values.numel())
         if self.limits.copy_ids(values, offsets, ids):
-            return Checked(ids, offsets, weights, _NONE)
+            return Checked(ids, offsets, weights, NONE_REPLACED)
         return self._replace(ids, offsets, weights)
 
     def check_own(self, ids: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None) -> Checked:
-        """As `check_measured`, with `ids` [N] that nobody else has a view of: they need no copy."""
+        """As `check_accepted`, of `ids` [N] that nobody else has a view of, and their offsets: they need no copy."""
         if self.limits.has(ids, offsets):
-            return Checked(ids, offsets, weights, _NONE)
+            return Checked(ids, offsets, weights, NONE_REPLACED)
         return self._replace(ids, offsets, weights)
 
     def _replace(self, ids: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None) -> Checked:
@@ -180,6 +201,10 @@ class RequestChecker:
         raise InvalidInputError(
             "lengths changed while they were checked; a request must be left alone until it is answered"
         )
+
+
+def _too_many(count: int) -> InvalidInputError:
+    return InvalidInputError(f"values: {count} ids; a request has fewer than 2**31")
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -72,7 +72,8 @@ class EntityReader:
             request = self._reader.read({**by_name, **rows}, extra_features)
         else:
             request = self._reader.read(features, extra_features)
-        given, offsets_of_bags, weights = self._checker.measure(*request)
+        given, lengths, weights = self._checker.accept(*request)
+        offsets_of_bags = self._checker.measure(given, lengths)
         values, offsets = given.numpy(), offsets_of_bags.numpy()
         ids, unknown = self._find(values, offsets, set(names))
         counts: dict[str, int] = {}

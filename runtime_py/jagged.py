@@ -1,4 +1,4 @@
-"""Passes over a jagged request: adding its lengths up, copying ids while they are checked, cutting it between examples.
+"""Passes over a jagged request: adding its lengths up, and copying ids while they are checked.
 
 They are compiled (`_jagged.c`), and this module alone gives them addresses. All tensors are contiguous and on the CPU. What
 is looked up later are the copies: nobody can change an id, or a length, between its check and its use. (A tensor that another
@@ -6,8 +6,6 @@ thread resizes while an operator of torch or of ours reads it is nobody's to che
 
 N ids, F features, B bags a feature.
 """
-
-from typing import NamedTuple
 
 import torch
 
@@ -20,27 +18,7 @@ except ImportError as error:
         f"runtime_py's compiled part cannot be imported ({error}); install the project with pip, which compiles it"
     ) from error
 
-__all__ = ["Cut", "Limits", "Piece", "add_lengths", "plan_pieces"]
-
-
-class Piece(NamedTuple):
-    """Bags from `first` to before `end` of every feature, which have so many ids together."""
-
-    first: int
-    end: int
-    ids: int
-
-
-class Cut(NamedTuple):
-    """A piece as a request of its own: copies of ids and weights, offsets int64 [F * (end - first) + 1].
-
-    `inside` is whether every id is in its table.
-    """
-
-    values: torch.Tensor
-    offsets: torch.Tensor
-    weights: torch.Tensor | None
-    inside: bool
+__all__ = ["Limits", "add_lengths"]
 
 
 def add_lengths(lengths: torch.Tensor, offsets: torch.Tensor) -> int:
@@ -53,21 +31,6 @@ def add_lengths(lengths: torch.Tensor, offsets: torch.Tensor) -> int:
         return _jagged.add_lengths(lengths.data_ptr(), offsets.numel() - 1, offsets.data_ptr())
     except (ValueError, RuntimeError) as error:
         raise _refused(error) from error
-
-
-def plan_pieces(offsets: torch.Tensor, features: int, pieces: int, ahead: int = 0) -> list[Piece]:
-    """Cuts a request into at most so many pieces with about the same work each.
-
-    A bag of a feature counts as an id, too, since its result is written.
-
-    Args:
-        offsets: int64 [F * B + 1].
-        features: F.
-        pieces: how many, at least one.
-        ahead: how much more work the first piece has than the others, in ids.
-    """
-    bags = (offsets.numel() - 1) // features
-    return [Piece(*piece) for piece in _jagged.plan_pieces(offsets.data_ptr(), features, bags, pieces, ahead)]
 
 
 class Limits:
@@ -99,35 +62,6 @@ class Limits:
     def has(self, ids: torch.Tensor, offsets: torch.Tensor) -> bool:
         """Whether each of int64 [N] is in its table."""
         return self.copy_ids(ids, offsets, ids)
-
-    def cut_piece(self, values: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None, piece: Piece) -> Cut:
-        """One of the pieces of a request: int64 [N], weights float32 [N].
-
-        Raises:
-            InvalidInputError: `values` or `weights` has no memory.
-        """
-        first, end, count = piece
-        features = self._features
-        ids = values.new_empty(count)
-        piece_offsets = offsets.new_empty(features * (end - first) + 1)
-        piece_weights = None if weights is None else weights.new_empty(count)
-        try:
-            inside = _jagged.cut_piece(
-                values.data_ptr(),
-                0 if weights is None else weights.data_ptr(),
-                offsets.data_ptr(),
-                self._address,
-                features,
-                (offsets.numel() - 1) // features,
-                first,
-                end,
-                ids.data_ptr(),
-                0 if piece_weights is None else piece_weights.data_ptr(),
-                piece_offsets.data_ptr(),
-            )
-        except (ValueError, RuntimeError) as error:
-            raise _refused(error) from error
-        return Cut(ids, piece_offsets, piece_weights, inside)
 
 
 def _refused(error: Exception) -> InvalidInputError:

@@ -1,27 +1,22 @@
-"""Runs checked requests through a graph: on the caller's thread, or a large one in pieces on the threads of a team.
-
-Bags are independent, so that a request may be cut between any two examples; every piece is copied, checked and looked up
-by one thread, and its rows of the result lie side by side. Pieces have about the same number of ids each.
-"""
+"""Runs checked requests: through the graph on the caller's thread, or, a large one, on the threads of a team."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from runtime_py.checks import Checked, RequestChecker
-from runtime_py.errors import InvalidInputError
-from runtime_py.jagged import Piece, plan_pieces
+from runtime_py.checks import NONE_REPLACED, Checked, RequestChecker
+from runtime_py.errors import GraphError, InvalidInputError
 from runtime_py.manifest import Manifest
-from runtime_py.team import Team
+from runtime_py.team import OVERLAP, Team
+from runtime_py.torchscript import last_line
 
 __all__ = ["Lookups"]
 
 # A request is split where both are reached: below, handing over costs more than a second core gains.
 SPLIT_IDS = 8192
-SPLIT_BYTES = 2 * 2**20  # of rows
-_AHEAD_BYTES = 3 * 2**18  # of rows that the caller looks up before a thread that slept has begun
-_PIECE_IDS = 65536  # where there is more than one piece for a thread; a busy core holds others up for one piece
+SPLIT_BYTES = 2**20  # of rows
+_COMPARED_BAGS = 32  # of 0 to 31 ids a feature
 Graph = Callable[..., torch.Tensor]
 
 
@@ -36,9 +31,30 @@ class Lookups:
         self.team = team
         self._features = len(checker.features)
         self._row_bytes = sum(manifest.table[feature.table].row_bytes for feature in manifest.features) / self._features
-        self._ahead = int(_AHEAD_BYTES / self._row_bytes)
+        self._place = torch.empty(0, dtype=torch.float32, device="cpu")  # whatever the process's defaults
         self._has_surgery = manifest.surgery is not None
         self._lookup_checked: Graph | None = getattr(graph, "lookup_checked", None)
+
+    def compare_with_graph(self, team: Team) -> None:
+        """Makes sure that a team answers as the graph does: a few bags that reach the first and the last rows of every table.
+
+        Raises:
+            GraphError: it does not.
+        """
+        lengths = torch.arange(_COMPARED_BAGS, dtype=torch.int32, device="cpu").repeat(self._features)
+        count = int(lengths.sum()) // self._features
+        last = self.checker.limits.last.repeat_interleave(count)
+        values = (torch.arange(count, device="cpu") - count // 2).repeat(self._features).remainder(last + 1)
+        weights = torch.linspace(-1, 1, last.numel(), device="cpu") if self.checker.weighted else None
+        checked = self.checker.check(values, lengths, weights)
+        expected = self._call(checked)
+        pooled = torch.empty_like(expected)
+        try:
+            done = team.look_up(checked.values, checked.weights, pooled, lengths=lengths)
+        except RuntimeError as error:
+            raise GraphError(f"several threads cannot look up: {last_line(error)}; load it with threads=1") from error
+        if done < 0 or not torch.equal(pooled.view(torch.int32), expected.view(torch.int32)):
+            raise GraphError("several threads give another answer than the graph; load it with threads=1")
 
     def look_up(
         self, values: Any, lengths: Any, weights: Any, out: torch.Tensor | None
@@ -53,28 +69,70 @@ class Lookups:
         Raises:
             InvalidInputError: naming feature, position, value and what is allowed.
         """
-        values, offsets, weights = self.checker.measure(values, lengths, weights)
-        if self.team is not None and self._is_large(values.numel()):
-            request = Checked(values, offsets, weights, {})
-            pooled = self._run_pieces(self.team, request, out, check=True)
+        values, lengths, weights = self.checker.accept(values, lengths, weights)
+        if self.team is not None and self._is_large(values.numel()) and lengths.numel() % self._features == 0:
+            try:
+                pooled = self._share(self.team, out, values, weights, lengths=lengths)
+            except InvalidInputError:  # of `out`
+                self.checker.check_accepted(values, lengths, weights)  # what is wrong with the request goes first
+                raise
             if pooled is not None:
-                return pooled, request.replaced
-        checked = self.checker.check_measured(values, offsets, weights)
+                return pooled, NONE_REPLACED
+        checked = self.checker.check_accepted(values, lengths, weights)  # which says what is wrong
         return self.run(checked, out), checked.replaced
 
     def run(self, checked: Checked, out: torch.Tensor | None) -> torch.Tensor:
         """Looks up a checked request."""
-        if self.team is not None and self._is_large(checked.values.numel()):
-            pooled = self._run_pieces(self.team, checked, out, check=False)
-            if pooled is not None:  # always: nothing is checked
+        values, offsets, weights, _ = checked
+        if self.team is not None and self._is_large(values.numel()):
+            pooled = self._share(self.team, out, values, weights, offsets=offsets)
+            if pooled is not None:
                 return pooled
         if out is None:
             return self._call(checked)
-        self._check_out(out, (checked.offsets.numel() - 1) // self._features)
+        self._check_out(out, (offsets.numel() - 1) // self._features)
         return out.copy_(self._call(checked))
 
     def _is_large(self, count: int) -> bool:
-        return count >= SPLIT_IDS and count * self._row_bytes >= SPLIT_BYTES
+        """Whether a team looks so many ids up: not where torch watches its caller, as it would not see helpers.
+
+        (While torch traces, a count is a tensor. Tensors of its transforms have no memory, so that a team does nothing.)
+        """
+        return (
+            type(count) is int
+            and count >= SPLIT_IDS
+            and count * self._row_bytes >= SPLIT_BYTES
+            and not torch._C._len_torch_dispatch_stack()
+        )
+
+    def _share(
+        self,
+        team: Team,
+        out: torch.Tensor | None,
+        values: torch.Tensor,
+        weights: torch.Tensor | None,
+        *,
+        lengths: torch.Tensor | None = None,
+        offsets: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """Has a team look a request up; None where it says that something is wrong with it."""
+        bags = (
+            lengths.numel() if lengths is not None else offsets.numel() - 1 if offsets is not None else 0
+        ) // self._features
+        if out is not None:
+            self._check_out(out, bags)
+        if out is not None and out.is_contiguous():
+            torch.autograd.graph.increment_version(out)  # as every operator of torch that writes to a tensor
+            room = out
+        else:
+            room = self._place.new_empty(bags, self.width)
+        done = team.look_up(values, weights, room, lengths=lengths, offsets=offsets)
+        if done == OVERLAP:
+            room = self._place.new_empty(bags, self.width)
+            done = team.look_up(values, weights, room, lengths=lengths, offsets=offsets)
+        if done < 0:
+            return None
+        return room if out is None or room is out else out.copy_(room)
 
     def _call(self, checked: Checked) -> torch.Tensor:
         if self._has_surgery and torch.is_autocast_enabled("cpu"):  # which would change what the module computes
@@ -87,42 +145,6 @@ class Lookups:
         if weights is None:
             return self._lookup_checked(values, offsets)
         return self._lookup_checked(values, offsets, weights)
-
-    def _run_pieces(
-        self, team: Team, request: Checked, out: torch.Tensor | None, *, check: bool
-    ) -> torch.Tensor | None:
-        """None where `check` is asked, and some ids are outside."""
-        values, offsets, weights, _ = request
-        features, count = self._features, values.numel()
-        bags = (offsets.numel() - 1) // features
-        if out is not None:
-            self._check_out(out, bags)
-        if out is None or _overlaps(out, request):  # a piece must not write what another still reads
-            pooled = torch.empty(bags, self.width, dtype=torch.float32, device="cpu")
-        else:
-            pooled = out
-        outside: list[Piece] = []
-
-        def run_piece(piece: Piece) -> None:
-            if outside:
-                return
-            cut = self.checker.limits.cut_piece(values, offsets, weights, piece)
-            if check and not cut.inside:
-                outside.append(piece)
-                return
-            pooled[piece.first : piece.end].copy_(self._call(Checked(cut.values, cut.offsets, cut.weights, {})))
-
-        def run_piece_in_inference_mode(piece: Piece) -> None:
-            with torch.inference_mode():
-                run_piece(piece)
-
-        # A mode is its thread's, and `pooled` may be a tensor of it.
-        run = run_piece_in_inference_mode if torch.is_inference_mode_enabled() else run_piece
-        number = team.threads * max(1, count // (_PIECE_IDS * team.threads))
-        team.run(run, plan_pieces(offsets, features, number, self._ahead))
-        if outside:
-            return None
-        return pooled if out is None or pooled is out else out.copy_(pooled)
 
     def _check_out(self, out: torch.Tensor, bags: int) -> None:
         if type(out) is not torch.Tensor or out.dtype is not torch.float32 or out.device.type != "cpu":
@@ -150,19 +172,3 @@ def _has_memory_for_each(out: torch.Tensor) -> bool:
             return False
         reach += (size - 1) * stride
     return True
-
-
-def _overlaps(out: torch.Tensor, request: Checked) -> bool:
-    """Whether the two may have memory in common."""
-    start, end = _span(out)
-    parts = [request.values, *([] if request.weights is None else [request.weights])]
-    return any(start < part_end and part_start < end for part_start, part_end in map(_span, parts))
-
-
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """The addresses between which the elements lie, whatever lies between them."""
-    start = tensor.data_ptr()
-    if not tensor.numel():
-        return start, start
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + (last + 1) * tensor.element_size()

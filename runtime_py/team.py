@@ -1,155 +1,130 @@
-"""A few threads that stand ready, so that one request can use several cores.
+"""A few threads that stand ready, so that one large request uses several cores.
 
-FBGEMM's CPU kernel runs on the thread that calls it, whatever `torch.set_num_threads` says, and releases the interpreter
-lock. Handing work over must cost microseconds: the caller works, too, and pieces are taken from one queue without a lock
-of ours. Threads do not survive `fork`: a child starts its own when it first needs them.
+FBGEMM's CPU kernel runs on the thread that calls it, whatever `torch.set_num_threads` says. Bags are independent, so that a
+request may be cut between any two examples; every piece is copied, checked and looked up by one thread, and its rows of the
+result lie side by side. All of that is compiled (`_team.c`) and needs no interpreter: handing it over to a helper that is
+awake takes a microsecond, and half of 10,000 ids are looked up in some 50 to 100.
+
+So it is not the artifact's graph that runs here but the operator underneath, with the very constants that the graph was
+compared with at its load. `load_artifact` compares the two before it returns.
 """
-
-import os
-import threading
-import weakref
-from collections import deque
-from collections.abc import Callable, Sequence
-from queue import SimpleQueue
-from typing import Any
 
 import torch
 
-__all__ = ["Team"]
+from runtime_py.constants import make_constants
+from runtime_py.manifest import Manifest
 
+try:
+    from runtime_py import _team
+except ImportError as error:
+    raise ImportError(
+        f"runtime_py's compiled part cannot be imported ({error}); install the project with pip, which compiles it"
+    ) from error
 
-class _Job:
-    """The pieces of one call, done by whoever comes, and what they raised.
+__all__ = ["OVERLAP", "WRONG", "Team"]
 
-    A signal handler may raise anywhere in the caller. So nothing is counted that one could leave half done: a helper enters
-    before it takes a piece, and leaves after the last one, each by a step that is whole.
-    """
+WRONG = -1
+OVERLAP = -2
 
-    def __init__(self, function: Callable[[Any], None], pieces: Sequence[Any]) -> None:
-        self._function = function
-        self._waiting = deque(pieces)
-        self._errors: list[BaseException] = []
-        self._entered: list[None] = []
-        self._left: list[None] = []
-        self._news: SimpleQueue[None] = SimpleQueue()  # a helper has left
-
-    def work(self) -> None:
-        """Does pieces until none is waiting."""
-        while self._waiting:
-            try:
-                piece = self._waiting.popleft()
-            except IndexError:  # somebody was faster
-                return
-            try:
-                self._function(piece)
-            except BaseException as error:
-                self._errors.append(error)
-
-    def help(self) -> None:
-        """Does so on a helper's thread."""
-        self._entered.append(None)
-        self.work()
-        self._left.append(None)
-        self._news.put(None)
-
-    def wait(self) -> None:
-        """Waits for the pieces that helpers hold, and raises what one of all pieces raised."""
-        self._wait_for_helpers()
-        if self._errors:
-            raise self._errors[0]
-
-    def abandon(self) -> None:
-        """Takes away the pieces that nobody has begun, and waits for those that helpers hold."""
-        self._waiting.clear()
-        try:
-            self._wait_for_helpers()
-        except BaseException:  # of a signal handler again
-            self.abandon()
-            raise
-
-    def _wait_for_helpers(self) -> None:
-        while len(self._left) < len(self._entered):  # so that one has yet to send its news
-            self._news.get()
-
-
-_Queue = SimpleQueue[_Job | None]
+PIECE_IDS = 16384  # where there is more than one piece for a thread; a busy core holds others up for one piece
+_AHEAD_BYTES = 3 * 2**18  # of rows that the caller looks up before a thread that slept has begun
+_OPERATOR = "int_nbit_split_embedding_codegen_lookup_function"
+_ARGUMENTS = (
+    "Tensor Tensor Tensor Tensor Tensor Tensor int int int int int int Tensor Tensor int Optional[Tensor] int "
+    "Optional[Tensor] Optional[Tensor] Optional[int] Optional[int] Optional[int] Optional[int]"
+)
 
 
 class Team:
-    """`threads` threads, of which the caller of `run` is one. Any number of callers may use one team."""
+    """`threads` threads, of which the caller is one, for the lookups of one artifact without a surgery.
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
-        self._starting = threading.Lock()
-        self._start()
+    Any number of callers may use one team at once: a helper works for one of them, and who gets none works alone. Threads do
+    not survive `fork`: a child starts its own when it first needs them.
+    """
 
-    def run(self, function: Callable[[Any], None], pieces: Sequence[Any]) -> None:
-        """Calls `function` with every piece, in any order and on any of the threads, and returns when all are done.
-
-        However it ends, no piece is being worked on after it: not where a signal handler raises in it, either.
+    def __init__(self, manifest: Manifest, weights: torch.Tensor, threads: int, spin_us: int) -> None:
+        """Of `weights`, uint8, the mapped rows. A helper looks out for work for `spin_us` before it sleeps.
 
         Raises:
-            Exception: what `function` raised, of several the first in the order of their ends.
+            RuntimeError: the process may have no more threads, or torch and FBGEMM are not those that this was made for.
         """
-        if self._process != os.getpid():
-            with self._starting:
-                if self._process != os.getpid():
-                    self._start()
-        job = _Job(function, pieces)
+        self.threads = threads
+        self._spin_us = spin_us
+        self._features = len(manifest.features)
+        tables = [manifest.table[feature.table] for feature in manifest.features]
+        self._ahead = _AHEAD_BYTES * self._features // sum(table.row_bytes for table in tables)
+        self._constants = make_constants(manifest, weights)  # what is compiled has their addresses
+        self._last = self._constants["num_embeddings"] - 1
+        self._most_dims = [
+            max((table.embedding_dim for table in tables if table.serving_precision == precision), default=0)
+            for precision in ("int2", "int4", "int8", "fp16", "fp32")
+        ]
+        _check_operator()
+        self._start()
+
+    def look_up(
+        self,
+        values: torch.Tensor,
+        weights: torch.Tensor | None,
+        pooled: torch.Tensor,
+        *,
+        lengths: torch.Tensor | None = None,
+        offsets: torch.Tensor | None = None,
+    ) -> int:
+        """Looks int64 [N] up into `pooled`, float32 [B, sum(D)]; weights are float32 [N]. All are flat or contiguous.
+
+        Given are either lengths, int32 [F * B], which are checked here, and so are the ids, each as it is copied; or what
+        lengths add up to, int64 [F * B + 1], and then all was checked.
+
+        Returns:
+            How many pieces the helpers did. `WRONG` where something is wrong with lengths or ids, or a tensor has no memory;
+            `pooled` may hold anything then. `OVERLAP` where it lies over the request: nothing was done.
+        """
+        bags = lengths.numel() if lengths is not None else offsets.numel() - 1 if offsets is not None else 0
         try:
-            for _ in range(min(self.threads, len(pieces)) - 1):
-                self._queue.put(job)
-            job.work()
-            job.wait()
-        except BaseException:
-            job.abandon()
-            raise
+            request = (
+                values.data_ptr(),
+                values.numel(),
+                0 if lengths is None else lengths.data_ptr(),
+                0 if offsets is None else offsets.data_ptr(),
+                bags,
+                0 if weights is None else weights.data_ptr(),
+                weights is not None,
+                pooled.data_ptr(),
+                PIECE_IDS,
+                self._ahead,
+            )
+        except RuntimeError:  # of a tensor of torch's transforms
+            return WRONG
+        helped = _team.run(self._helpers, *request)
+        if helped is None:  # in a child of the process whose helpers they are
+            self._start()
+            helped = _team.run(self._helpers, *request)
+        return WRONG if helped is None else helped
 
     def _start(self) -> None:
-        self._queue: _Queue = SimpleQueue()
-        weakref.finalize(self, _dismiss, self._queue, self.threads - 1).atexit = False
-        failures: list[RuntimeError] = []
-        starter = threading.Thread(target=_start_helpers, args=(self._queue, self.threads - 1, failures), daemon=True)
-        starter.start()
-        starter.join()
-        if failures:
-            raise failures[0]
-        self._process = os.getpid()
+        constants = self._constants
+        weights = constants["weights"]
+        self._helpers = _team.start(
+            self.threads - 1,
+            self._spin_us * 1000,
+            self._features,
+            self._last.data_ptr(),
+            constants["is_mean"].data_ptr(),
+            constants["is_weighted"].data_ptr(),
+            weights.data_ptr(),
+            weights.numel(),
+            constants["weights_placements"].data_ptr(),
+            constants["weights_offsets"].data_ptr(),
+            constants["weights_types"].data_ptr(),
+            constants["dim_offsets"].data_ptr(),
+            *self._most_dims,
+        )
 
 
-def _start_helpers(queue: _Queue, helpers: int, failures: list[RuntimeError]) -> None:
-    """On a new thread. `torch.set_num_threads` sets the thread's own number and that of all threads to come.
-
-    A thread takes that number at its first use, so that a new one can tell what was set last, whoever did, and set it again
-    when all helpers have set theirs. The number of whoever makes a team may be another one, and stays what it is.
-    """
-    setting = torch.get_num_threads()
-    ready: list[threading.Event] = []
-    try:
-        for number in range(helpers):
-            event = threading.Event()
-            name = f"embedding lookups {number}"
-            threading.Thread(target=_serve, args=(queue, event), name=name, daemon=True).start()
-            ready.append(event)
-    except RuntimeError as error:  # the process may have no more threads
-        failures.append(error)
-    for event in ready:
-        event.wait()
-    torch.set_num_threads(setting)
-
-
-def _serve(queue: _Queue, ready: threading.Event) -> None:
-    torch.set_num_threads(1)  # an operator must not open a parallel region within a piece
-    torch.get_num_threads()  # the first use, or it would take what is set later
-    ready.set()
-    while True:
-        job = queue.get()
-        if job is None:
-            return
-        job.help()
-        del job  # or its tensors would live until the next one
-
-
-def _dismiss(queue: _Queue, threads: int) -> None:
-    for _ in range(threads):
-        queue.put(None)
+def _check_operator() -> None:
+    """The operator's arguments are passed by their place."""
+    schema = getattr(torch.ops.fbgemm, _OPERATOR).default._schema
+    found = " ".join(str(argument.type) for argument in schema.arguments)
+    if found != _ARGUMENTS:
+        raise RuntimeError(f"fbgemm::{_OPERATOR} takes ({found}), expected ({_ARGUMENTS})")

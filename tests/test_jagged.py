@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime_py import _jagged
-from runtime_py.jagged import Limits, add_lengths, plan_pieces
+from runtime_py.jagged import Limits, add_lengths
 
 INT64 = (-(2**63), 2**63 - 1)
 
@@ -111,91 +111,24 @@ def test_more_or_fewer_ids_than_the_offsets_say_are_refused_before_any_is_writte
     assert ids.tolist() == [5] * 9
 
 
-# --- Pieces ----------------------------------------------------------------------------------------------------------
-
-
-@given(drawn=requests(), pieces=st.integers(1, 9))
-@settings(deadline=None, max_examples=400)
-def test_pieces_cover_every_bag_once_and_hold_its_ids(
-    drawn: tuple[list[list[list[int]]], list[int]], pieces: int
-) -> None:
-    request, last = drawn
-    values, offsets = flatten(request)
-    weights = torch.arange(values.numel(), dtype=torch.float32)  # each says which one it is
-    bags, limits = len(request[0]), Limits(torch.tensor(last))
-    planned = plan_pieces(offsets, len(request), pieces)
-    assert [bag for piece in planned for bag in range(piece.first, piece.end)] == list(range(len(request[0])))
-    assert all(piece.first < piece.end for piece in planned)
-    assert len(planned) <= pieces
-    for piece in planned:
-        part = [feature[piece.first : piece.end] for feature in request]
-        cut = limits.cut_piece(values, offsets, weights, piece)
-        expected, ends = flatten(part)
-        assert piece.ids == expected.numel()
-        assert torch.equal(cut.values, expected)
-        assert torch.equal(cut.offsets, ends)
-        assert cut.inside == inside(part, last)
-        places = [
-            place
-            for feature in range(len(request))
-            for bag in range(feature * bags + piece.first, feature * bags + piece.end)
-            for place in range(int(offsets[bag]), int(offsets[bag + 1]))
-        ]
-        assert cut.weights is not None
-        assert cut.weights.tolist() == places
-        assert limits.cut_piece(values, offsets, None, piece).weights is None
-
-
-@given(
-    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=300),
-    features=st.integers(1, 4),
-    pieces=st.integers(1, 6),
-    ahead=st.integers(0, 3000),
-)
-@settings(deadline=None)
-def test_no_piece_has_more_than_its_share_and_one_example(
-    lengths: list[int], features: int, pieces: int, ahead: int
-) -> None:
-    offsets = sums(lengths * features)
-    work = [features * (length + 1) for length in lengths]
-    ahead = min(ahead, sum(work))
-    share = (sum(work) - ahead) / pieces
-    planned = plan_pieces(offsets, features, pieces, ahead)
-    assert sum(work[: planned[0].end]) > min(share + ahead, sum(work)) - 2
-    for piece in planned:
-        assert sum(work[piece.first : piece.end]) < share + (0 if piece.first else ahead) + max(work) + 2
-
-
-def test_pieces_of_bags_of_very_different_sizes_have_about_the_same_work() -> None:
-    """Here the last bags hold nearly all."""
-    lengths = [0] * 90_000 + [30] * 3000
-    planned = plan_pieces(sums(lengths * 5), 5, 3)
-    work = [5 * (piece.end - piece.first) + piece.ids for piece in planned]
-    assert len(work) == 3
-    assert max(work) < 1.01 * min(work)
-
-
-def test_a_request_without_bags_has_no_pieces() -> None:
-    assert plan_pieces(torch.tensor([0]), 3, 4) == []
-
-
 # --- The compiled module ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["add_lengths", "copy_ids", "plan_pieces", "cut_piece"])
+@pytest.mark.parametrize("name", ["add_lengths", "copy_ids"])
 def test_a_wrong_number_or_type_of_arguments_is_refused(name: str) -> None:
     function = getattr(_jagged, name)
     with pytest.raises(TypeError, match=r"expected \d+ arguments, got 1"):
         function(1)
-    count = {"add_lengths": 3, "copy_ids": 7, "plan_pieces": 5, "cut_piece": 11}[name]
+    count = {"add_lengths": 3, "copy_ids": 7}[name]
     with pytest.raises(TypeError, match="'str' object cannot be interpreted as an integer"):
         function(*["x"] * count)
     with pytest.raises(OverflowError):
         function(*[2**64] * count)
 
 
-def test_a_checkout_that_was_not_compiled_says_what_to_do() -> None:
-    program = "import sys; sys.modules['runtime_py._jagged'] = None; import runtime_py"
+@pytest.mark.parametrize("name", ["_jagged", "_team"])
+def test_a_checkout_that_was_not_compiled_says_what_to_do(name: str) -> None:
+    program = f"import sys; sys.modules['runtime_py.{name}'] = None; import runtime_py"
     child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     error = child.stderr.splitlines()[-1]
     assert error.startswith("ImportError: runtime_py's compiled part cannot be imported (")

@@ -1,5 +1,6 @@
 """Running checked requests: in pieces on several threads as in one, with any graph, into a buffer of the caller's."""
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import FEATURES, TABLES, make_rows, state_dict, write_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from runtime_py import Artifact, InvalidInputError, load_artifact, lookups
+from runtime_py import Artifact, InvalidInputError, load_artifact, lookups, team
 from runtime_py.checks import RequestChecker
 from runtime_py.lookups import Lookups
+from runtime_py.team import Team
 
 SIZES = [300, 41, 41, 7, 1]
 WIDTH = 34
@@ -47,7 +50,7 @@ def tiny_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every request is split, into pieces of some ids."""
     monkeypatch.setattr(lookups, "SPLIT_IDS", 1)
     monkeypatch.setattr(lookups, "SPLIT_BYTES", 1)
-    monkeypatch.setattr(lookups, "_PIECE_IDS", 5)
+    monkeypatch.setattr(team, "PIECE_IDS", 5)
 
 
 def draw(seed: int, bags: int, longest: int, outside: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -123,32 +126,84 @@ def test_pieces_are_looked_up_under_the_inference_mode_of_their_caller(
         assert not three.lookup(values, lengths).is_inference()
 
 
-def test_a_large_request_is_looked_up_by_several_threads(three: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    import threading
-
-    seen = set()
-    together = threading.Barrier(3)
-    call = Lookups._call
-
-    def record(self: Lookups, *arguments: Any) -> torch.Tensor:
-        if threading.get_ident() not in seen:
-            seen.add(threading.get_ident())
-            together.wait(timeout=20)  # all three at once, or it breaks
-        return call(self, *arguments)
-
-    monkeypatch.setattr(Lookups, "_call", record)
-    values, lengths = torch.zeros(400_000, dtype=torch.int64), torch.full((5 * 8000,), 10, dtype=torch.int32)
-    three.lookup(values, lengths)
-    assert len(seen) == 3
+def large(three: Artifact) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and lengths of 400,000 ids."""
+    return torch.zeros(400_000, dtype=torch.int64), torch.full((5 * 8000,), 10, dtype=torch.int32)
 
 
-def test_a_small_request_stays_on_its_thread(three: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(three._lookups.team, "run", None)
-    for bags, length in ((1, 1), (100, 16), (100, 100)):  # the last one has 50,000 ids, of 1 MB of rows
+def test_a_large_request_is_looked_up_by_the_team_and_a_small_one_is_not(
+    three: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+    look_up = Team.look_up
+
+    def record(self: Team, values: torch.Tensor, *arguments: Any, **options: Any) -> int | None:
+        found.append(values.numel())
+        return look_up(self, values, *arguments, **options)
+
+    monkeypatch.setattr(Team, "look_up", record)
+    for bags, length in ((1, 1), (100, 16), (100, 80)):  # the last one has 40,000 ids, of 0.9 MB of rows
         values = torch.zeros(5 * bags * length, dtype=torch.int64)
         three.lookup(values, torch.full((5 * bags,), length, dtype=torch.int32))
-    with pytest.raises(TypeError):  # and it is this that a large one calls
-        three.lookup(torch.zeros(400_000, dtype=torch.int64), torch.full((5 * 8000,), 10, dtype=torch.int32))
+    assert found == []
+    three.lookup(*large(three))
+    assert found == [400_000]
+
+
+def test_a_large_request_that_changes_while_it_is_looked_up_is_refused_or_answered(
+    one: Artifact, three: Artifact
+) -> None:
+    """What is looked up are copies that were checked: no row is read that is not there."""
+    values, lengths = large(three)
+    stop = threading.Event()
+
+    def disturb() -> None:
+        while not stop.is_set():
+            values[::1000] = 2**40
+            values[::1000] = 0
+
+    disturber = threading.Thread(target=disturb)
+    disturber.start()
+    expected = one.lookup(torch.zeros_like(values), lengths)
+    refusals = []
+    for _ in range(100):
+        try:
+            assert torch.equal(three.lookup(values, lengths), expected)
+        except InvalidInputError as error:
+            refusals.append(str(error))
+    stop.set()
+    disturber.join()
+    assert all("is outside [0, " in refusal or "changed" in refusal for refusal in refusals)
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps what operators are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators.append(str(function))
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_what_watches_the_operators_of_its_thread_sees_the_whole_lookup(one: Artifact, three: Artifact) -> None:
+    """A helper's are not seen, and what is handed to it is gone after the call."""
+    request = large(three)
+    with _Recorder() as alone:
+        expected = one.lookup(*request)
+    with _Recorder() as split:
+        pooled = three.lookup(*request)
+    assert torch.equal(pooled, expected)
+    assert split.operators == alone.operators
+    assert any("lookup_function" in operator for operator in split.operators)
+    with pytest.raises(RuntimeError, match="not part of the active trace"):
+        torch.jit.trace(lambda added: three.lookup(*request) + added, torch.zeros(1))
+    values, lengths = request
+    text = refusal(lambda: torch.func.vmap(lambda ids: one.lookup(ids, lengths))(values[None]))
+    assert text == refusal(lambda: torch.func.vmap(lambda ids: three.lookup(ids, lengths))(values[None]))
 
 
 # --- Graphs that make all checks themselves --------------------------------------------------------------------------
@@ -162,8 +217,8 @@ def test_a_graph_without_a_method_for_checked_requests_gives_the_same(
     checker = RequestChecker(one.manifest, "zero")
     values, lengths, _ = draw(seed, 12, 9, outside=True)
     expected = one.with_invalid_ids("zero").lookup(values, lengths)
-    for team in (None, three._lookups.team):
-        plain = Lookups(one.manifest, lambda *inputs: one.graph(*inputs), checker, team)
+    for threads in (None, three._lookups.team):
+        plain = Lookups(one.manifest, lambda *inputs: one.graph(*inputs), checker, threads)
         pooled, counts = plain.look_up(values, lengths, None, None)
         assert torch.equal(pooled, expected)
         assert sum(counts.values()) > 0
@@ -218,6 +273,51 @@ def test_a_buffer_whose_elements_share_memory_is_refused(one: Artifact, rows: in
 
 
 @pytest.mark.usefixtures("tiny_pieces")
+def test_a_buffer_over_lengths_is_not_written_before_a_wrong_id_is_found(one: Artifact, three: Artifact) -> None:
+    values, lengths, _ = draw(3, 400, 8)
+    values[-1] = 10**6
+    answers = []
+    for artifact in (one, three):
+        replacing = artifact.with_invalid_ids("zero")
+        out = torch.zeros(400, WIDTH)
+        over = out.view(-1)[: lengths.numel()].view(torch.int32)
+        over.copy_(lengths)
+        answers.append(replacing.lookup(values, over, out=out).clone())
+        assert sum(replacing.invalid_id_counts.values()) == 1
+        over.copy_(lengths)
+        assert "is outside [0, " in refusal(
+            lambda found=artifact, given=over, to=out: found.lookup(values, given, out=to)
+        )
+    assert torch.equal(*answers)
+
+
+@pytest.mark.usefixtures("tiny_pieces")
+def test_autograd_sees_that_a_buffer_was_written(three: Artifact) -> None:
+    values, lengths, _ = draw(3, 400, 8)
+    out, factor = torch.zeros(400, WIDTH), torch.ones(WIDTH, requires_grad=True)
+    before = (out * factor).sum()
+    three.lookup(values, lengths, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        before.backward()
+
+
+@pytest.mark.usefixtures("tiny_pieces")
+def test_what_is_wrong_with_a_request_is_said_before_what_is_wrong_with_a_buffer(
+    one: Artifact, three: Artifact
+) -> None:
+    values, lengths, _ = draw(3, 12, 8)
+    wrong = values.clone()
+    wrong[0] = -5
+    longer = lengths.clone()
+    longer[0] += 1
+    for request in ((wrong, lengths), (values, longer), (values, lengths)):
+        texts = {
+            refusal(lambda found=found, given=request: found.lookup(*given, out=torch.zeros(1, 1)))
+            for found in (one, three)
+        }
+        assert len(texts) == 1
+
+
 @pytest.mark.parametrize("part", ["values", "lengths", "weights"])
 @pytest.mark.parametrize("made_by", ["torch", "numpy"])
 def test_a_buffer_may_lie_over_the_request_that_it_answers(weighted: list[Artifact], part: str, made_by: str) -> None:

@@ -110,7 +110,13 @@ except UnsupportedError as error:
     assert resource.getrlimit(resource.RLIMIT_MEMLOCK) != (65536, 65536)
 
 
-@pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True, None])
+@pytest.mark.parametrize("threads", [0, -1, 1025, 2**57, 1.5, "2", True, None])
 def test_a_number_of_threads_that_is_none_is_refused(built_artifact: Path, threads: object) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"threads must be 1 or more, got {threads!r}")):
+    with pytest.raises(ValueError, match=re.escape(f"threads must be between 1 and 1024, got {threads!r}")):
         load_artifact(built_artifact, threads=threads)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("spin_us", [-1, 10**9 + 1, 1.5, "2", True, None])
+def test_a_time_to_look_out_for_work_that_is_none_is_refused(built_artifact: Path, spin_us: object) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"spin_us must be between 0 and 1000000000, got {spin_us!r}")):
+        load_artifact(built_artifact, threads=2, spin_us=spin_us)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support import ENTITIES, FEATURES
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from runtime_py import Artifact, InvalidInputError, Jagged, VocabularyFileError, load_artifact, lookups
+from runtime_py import Artifact, InvalidInputError, Jagged, VocabularyFileError, load_artifact, lookups, team
 
 UNKNOWN = 2**62 + 1
 ROWS: dict[str, list[list[int]]] = {"tag": [[6, 0], []], "age": [[], [0]]}
@@ -190,7 +190,7 @@ def test_a_large_request_of_entities_is_split_and_written_into_the_callers_buffe
 ) -> None:
     monkeypatch.setattr(lookups, "SPLIT_IDS", 1)
     monkeypatch.setattr(lookups, "SPLIT_BYTES", 1)
-    monkeypatch.setattr(lookups, "_PIECE_IDS", 2)
+    monkeypatch.setattr(team, "PIECE_IDS", 2)
     given = {**entities(ENTITY_ROWS), "last_item": [[UNKNOWN], [ENTITIES["item"][40]]]}
     expected = artifact({**ENTITY_ROWS, **ROWS}).values
     out = torch.empty_like(expected)

@@ -1,13 +1,16 @@
 #!/usr/bin/env python
 """Time of a lookup beside its peers: what the checks cost, what a second core gains, and what a start costs.
 
-Every round runs each contender four times, one after the other, so that all see the same machine, and keeps the last
-three; the figures are medians, and all outputs are compared. No two runs in a row have the same request, as in a server:
-one request again and again would find its rows in the core's cache. Its ids have just been written, as a server has just
-parsed them. Where the kernel let a thread of ours wait for a core for more than 2 % of that time, the round is left out,
-and counted: on a busy machine it would measure the others. Threads that share a request are bound to a core each, as some
-kernels keep both on one for milliseconds to leave the other asleep. Artifacts are built in a process of their own: what a
-build leaves to malloc made it fetch every large result anew.
+Every round runs each contender some times in a row, one contender after the other, so that all see the same machine, and
+keeps the last three quarters: each has a mapping of the rows of its own, whose page tables the one before has put out of
+the caches, as no server does. The figures are medians, and all outputs are compared. No two runs in a row have the same
+request, as in a server: one request again and again would find its rows in the core's cache. Its ids have just been
+written, as a server has just parsed them. Where the kernel let a thread of ours wait for a core for more than 2 % of that
+time, the round is left out, and counted: on a busy machine it would measure the others. Threads that share a request are
+bound to a core each, as some kernels keep both on one for milliseconds to leave the other asleep. A helper looks out for
+work for a millisecond: it is awake where requests follow each other, as they do here, and asleep after a pause, which is
+measured, too. Artifacts are built in a process of their own: what a build leaves to malloc made it fetch every large
+result anew.
 
 `bare operator` is FBGEMM's lookup called from Python with its offsets given, `bare TorchScript` the artifact's graph with
 the checks that it makes itself. torchrec's quantized module is traced by torchrec.fx and scripted, over the same rows,
@@ -15,6 +18,7 @@ without any check; it takes tensors and gives one.
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -23,7 +27,6 @@ import os
 import platform
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,13 +43,15 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from export import build_artifact
 from runtime_py import Artifact, load_artifact
-from runtime_py.aot_inductor import make_constants
+from runtime_py.constants import make_constants
 
 DIM = 64
 WARM_UP = 20
 Inputs = tuple[Any, ...]
 Run = Callable[..., torch.Tensor]  # of the inputs that a contender takes
 Contender = tuple[Run, Callable[[torch.Tensor], Inputs]]  # and how they are made of a request's values
+IDS_IN_A_ROW = 320_000  # that a contender looks up before the next one's turn
+PAUSE_SECONDS = 0.003  # in which a helper goes to sleep
 ROWS_BYTES = 192 << 20  # that all requests of a comparison read together: several times a cache
 
 
@@ -179,6 +184,7 @@ def measure(contenders: dict[str, Contender], requests: list[torch.Tensor], seco
                 raise SystemExit(f"'{name}' gives another result")
     del outputs, first
     turn = itertools.cycle(requests)
+    in_a_row = min(32, max(4, IDS_IN_A_ROW // max(1, requests[0].numel()) // 4 * 4))
     waiting = Waiting()
     kept: list[dict[str, list[int]]] = []
     rounds: list[dict[str, list[int]]] = []
@@ -187,9 +193,10 @@ def measure(contenders: dict[str, Contender], requests: list[torch.Tensor], seco
         times: dict[str, list[int]] = {name: [] for name in contenders}
         fine = True
         for name, (run, prepare) in contenders.items():
-            run(*prepare(next(turn).clone()))
+            for values in itertools.islice(turn, in_a_row // 4):
+                run(*prepare(values.clone()))
             waited = waiting.read_ns()
-            for values in itertools.islice(turn, 3):
+            for values in itertools.islice(turn, in_a_row // 4 * 3):
                 inputs = prepare(values.clone())
                 start = time.perf_counter_ns()
                 run(*inputs)
@@ -254,10 +261,9 @@ def compare_overhead(path: Path, seconds: float) -> None:
 def bind_threads() -> None:
     """Each thread that takes part to a core of its own; the first core is the caller's."""
     cores = sorted(os.sched_getaffinity(0))
-    helpers = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
-    os.sched_setaffinity(0, cores[:1])
-    for helper in helpers:
-        os.sched_setaffinity(helper.native_id or 0, cores[1:2])
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.sched_setaffinity(int(task.name), cores[:1] if int(task.name) == os.getpid() else cores[1:2])
 
 
 def compare_threads(path: Path, seconds: float) -> None:
@@ -293,6 +299,10 @@ def compare_threads(path: Path, seconds: float) -> None:
         def into(artifact: Artifact, out: torch.Tensor) -> Run:
             return functools.partial(artifact.lookup, out=out)
 
+        def after_a_pause(values: torch.Tensor, lengths: torch.Tensor = lengths) -> Inputs:
+            time.sleep(PAUSE_SECONDS)
+            return values, lengths
+
         print(f"\n{count} table(s), {bags} bags of 20 ids each: {requests.ids} ids, {len(requests.values)} requests")
         out = torch.empty(bags, DIM * count)
         contenders: dict[str, Contender] = {
@@ -309,6 +319,12 @@ def compare_threads(path: Path, seconds: float) -> None:
             other = name.replace("=1", "=2")
             verdict(f"{name} / {other}", medians[name] / medians[other], 1.7, least=True)
         print(f"     two bare operators gained {possible:.2f}, nothing checked")
+        late: dict[str, Contender] = {
+            "threads=1, after a pause": (one.lookup, after_a_pause),
+            "threads=2, after a pause": (two.lookup, after_a_pause),
+        }
+        alone, helped = measure(late, requests.values, seconds / 2).values()
+        print(f"     a helper that had gone to sleep gained {alone / helped:.2f}")
     pool.shutdown()
     os.sched_setaffinity(0, cores)
 

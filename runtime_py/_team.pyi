@@ -1,0 +1,36 @@
+"""Addresses and sizes as numbers; `team.py` says what they are of."""
+
+def start(
+    helpers: int,
+    spin_ns: int,
+    features: int,
+    last: int,
+    is_mean: int,
+    is_weighted: int,
+    weights: int,
+    weights_bytes: int,
+    placements: int,
+    offsets: int,
+    types: int,
+    columns: int,
+    int2: int,
+    int4: int,
+    int8: int,
+    fp16: int,
+    fp32: int,
+    /,
+) -> object: ...
+def run(
+    helpers: object,
+    values: int,
+    count: int,
+    lengths: int,
+    offsets: int,
+    bags: int,
+    weights: int,
+    weighted: bool,
+    pooled: int,
+    piece_ids: int,
+    ahead: int,
+    /,
+) -> int | None: ...
