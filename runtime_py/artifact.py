@@ -238,8 +238,8 @@ def load_artifact(
             (see `verify_artifact`).
         invalid_ids: "error" refuses a request with an id outside its table; "zero" gives that id a zero vector; "row:<k>"
             gives it row k, which every table must have. Whatever was replaced is counted by feature.
-        threads: cores that a request of 8,192 ids and 1 MiB of rows or more may use, the caller's included; one
-            where there is a surgery, or with "aot_inductor", which runs one lookup at a time.
+        threads: cores that a request of 8,192 ids and 1 MiB of rows or more may use, the caller's included; one where
+            there is a surgery. Such a request does not run the graph, but its operator, and holds no lock of Python.
         spin_us: how many microseconds each further thread looks out for the next such request, at full use of its core,
             before it sleeps; to wake one that sleeps takes 20 to 100.
         prefault: whether all rows and vocabularies are brought into memory now rather than at their first use.
@@ -294,8 +294,8 @@ def load_artifact(
                 residency.prefault(file.mapping)
             if lock_memory:
                 residency.lock(file.mapping, file.path.name)
-    # What a surgery does with the other examples of a batch is its own affair. Compiled graphs hold the interpreter's lock.
-    splits = threads > 1 and manifest.surgery is None and graph.backend == "torchscript"
+    # What a surgery does with the other examples of a batch is its own affair.
+    splits = threads > 1 and manifest.surgery is None
     team = Team(manifest, weights, threads, spin_us) if splits else None
     artifact = Artifact(manifest, graph.backend, run, invalid_ids, vocabularies, mapping, team)
     _warm_up(artifact, graph)

@@ -1,12 +1,12 @@
 """A few threads that stand ready, so that one large request uses several cores.
 
 FBGEMM's CPU kernel runs on the thread that calls it, whatever `torch.set_num_threads` says. Bags are independent, so that a
-request may be cut between any two examples; every piece is copied, checked and looked up by one thread, and its rows of the
-result lie side by side. All of that is compiled (`_team.c`) and needs no interpreter: handing it over to a helper that is
-awake takes a microsecond, and half of 10,000 ids are looked up in some 50 to 100.
+request may be cut between any two; every piece is copied, checked and looked up by one thread. All of that is compiled
+(`_team.c`) and needs no interpreter: handing it over to a helper that is awake takes a microsecond, and half of 10,000
+ids are looked up in some 50 to 100.
 
-So it is not the artifact's graph that runs here but the operator underneath, with the very constants that the graph was
-compared with at its load. `load_artifact` compares the two before it returns.
+So it is not the artifact's graph that runs here but the operator underneath, with the constants that follow from the
+manifest. `load_artifact` compares its answers with the graph's before it returns.
 """
 
 import torch

@@ -23,6 +23,7 @@ from runtime_py.aot_inductor import load_aot_inductor
 from runtime_py.golden import read_cases
 from runtime_py.manifest import AOT_INDUCTOR_FILES
 from runtime_py.manifest_reader import read_manifest
+from runtime_py.team import Team
 
 pytestmark = [
     pytest.mark.slow,
@@ -69,6 +70,28 @@ def test_both_graphs_went_through_the_gate_and_take_less_than_4_mb(built):
     listed = [file.path for file in manifest.files if file.path.startswith("graphs/lookup.cpu/")]
     assert listed == [f"graphs/lookup.cpu/{name}" for name in AOT_INDUCTOR_FILES]
     assert "aot_inductor for cpu (x86-64-v3), " in run_export("inspect", built.artifact).stdout
+
+
+def test_a_large_request_is_shared_by_threads_and_answered_as_by_the_graph(built, monkeypatch):
+    """Small ones are the graph's. 40,000 ids of rows of five precisions, weighted, one table pooled by mean."""
+    alone, shared = (load_artifact(built.artifact, backend="aot_inductor", threads=threads) for threads in (1, 2))
+    counts = []
+    look_up = Team.look_up
+
+    def record(self, values, *arguments, **options):
+        counts.append(values.numel())
+        return look_up(self, values, *arguments, **options)
+
+    monkeypatch.setattr(Team, "look_up", record)
+    features = built.manifest.features
+    for bags in (10, 2000):
+        generator = torch.Generator().manual_seed(bags)
+        rows = torch.tensor([built.manifest.table[feature.table].num_embeddings for feature in features])
+        values = (torch.rand(len(features), 5 * bags, generator=generator) * rows[:, None]).to(torch.int64).flatten()
+        lengths = torch.full((len(features) * bags,), 5, dtype=torch.int32)
+        weights = torch.randn(values.numel(), generator=generator)
+        assert torch.equal(shared.lookup(values, lengths, weights), alone.lookup(values, lengths, weights))
+    assert counts == [60_000]
 
 
 def test_an_artifact_that_is_dropped_leaves_neither_its_mapping_nor_a_file_open(built):
