@@ -45,7 +45,9 @@ class Lookups:
         count = int(lengths.sum()) // self._features
         last = self.checker.limits.last.repeat_interleave(count)
         values = (torch.arange(count, device="cpu") - count // 2).repeat(self._features).remainder(last + 1)
-        weights = torch.linspace(-1, 1, last.numel(), device="cpu") if self.checker.weighted else None
+        weights = (
+            torch.linspace(-1, 1, last.numel(), dtype=torch.float32, device="cpu") if self.checker.weighted else None
+        )
         checked = self.checker.check(values, lengths, weights)
         expected = self._call(checked)
         pooled = torch.empty_like(expected)
@@ -71,8 +73,9 @@ class Lookups:
         """
         values, lengths, weights = self.checker.accept(values, lengths, weights)
         if self.team is not None and self._is_large(values.numel()) and lengths.numel() % self._features == 0:
+            bags = lengths.numel() // self._features
             try:
-                pooled = self._share(self.team, out, values, weights, lengths=lengths)
+                pooled = self._share(self.team, out, bags, values, weights, lengths=lengths)
             except InvalidInputError:  # of `out`
                 self.checker.check_accepted(values, lengths, weights)  # what is wrong with the request goes first
                 raise
@@ -84,13 +87,14 @@ class Lookups:
     def run(self, checked: Checked, out: torch.Tensor | None) -> torch.Tensor:
         """Looks up a checked request."""
         values, offsets, weights, _ = checked
+        bags = (offsets.numel() - 1) // self._features
         if self.team is not None and self._is_large(values.numel()):
-            pooled = self._share(self.team, out, values, weights, offsets=offsets)
+            pooled = self._share(self.team, out, bags, values, weights, offsets=offsets)
             if pooled is not None:
                 return pooled
         if out is None:
             return self._call(checked)
-        self._check_out(out, (offsets.numel() - 1) // self._features)
+        self._check_out(out, bags)
         return out.copy_(self._call(checked))
 
     def _is_large(self, count: int) -> bool:
@@ -109,6 +113,7 @@ class Lookups:
         self,
         team: Team,
         out: torch.Tensor | None,
+        bags: int,
         values: torch.Tensor,
         weights: torch.Tensor | None,
         *,
@@ -116,9 +121,6 @@ class Lookups:
         offsets: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """Has a team look a request up; None where it says that something is wrong with it."""
-        bags = (
-            lengths.numel() if lengths is not None else offsets.numel() - 1 if offsets is not None else 0
-        ) // self._features
         if out is not None:
             self._check_out(out, bags)
         if out is not None and out.is_contiguous():
