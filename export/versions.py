@@ -24,7 +24,7 @@ from export.publish import fsync, publish, refuse_inside_artifact, remove_empty,
 from runtime_py.compatibility import find_differences
 from runtime_py.digests import ZEROED, Digest
 from runtime_py.documents import FORMAT_VERSION
-from runtime_py.errors import ArtifactError
+from runtime_py.errors import ArtifactError, MissingFileError
 from runtime_py.manifest import MANIFEST, Manifest
 from runtime_py.manifest_reader import read_manifest
 from runtime_py.pointer import POINTER, VERSIONS, Pointer, hold_version, is_version, read_pointer
@@ -36,6 +36,7 @@ _LOCK = ".lock"
 _STAGING = "version"  # staging containers are named after it: `.version.staging-…`
 _DELETED = ".deleted-"
 _SHORT = 12
+_TRIES = 3  # others would have to publish and delete just between two steps of each
 _NO_RANGE_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -83,6 +84,22 @@ def publish_version(
     refuse_inside_artifact(root, "--to")
     if not allow_signature_change:
         _check_callers(root, manifest)
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            move = _publish(artifact, manifest, root, keep, allow_signature_change)
+            break
+        except MissingFileError:  # a version of this id was there, and others have published and deleted it meanwhile
+            if not tries_left:
+                raise
+    versions = root / VERSIONS
+    with suppress(OSError):  # those of a publisher that was killed as well; what is left, the next one removes
+        for hidden in versions.glob(f"{_DELETED}*"):
+            shutil.rmtree(hidden, ignore_errors=True)
+    return move
+
+
+def _publish(artifact: Path, manifest: Manifest, root: Path, keep: int | None, allow_signature_change: bool) -> Move:
+    """Copies the artifact, or takes the version that is there, and makes it current."""
     versions = root / VERSIONS
     with writing(versions / _STAGING), _folders(root):
         name = _name_version(versions, manifest)
@@ -110,9 +127,6 @@ def publish_version(
                     if not allow_signature_change:
                         _check_callers(root, manifest)
                     move = _make_current(root, name, copied, keep)
-    with suppress(OSError):  # those of a publisher that was killed as well; what is left, the next one removes
-        for hidden in versions.glob(f"{_DELETED}*"):
-            shutil.rmtree(hidden, ignore_errors=True)
     return move
 
 

@@ -546,6 +546,24 @@ def test_publishers_at_the_same_time_lose_no_move(artifacts, root):
     assert {name for name in listed(root) if name.startswith(".")} == set()
 
 
+def test_a_version_that_others_delete_before_it_is_held_is_published_again(artifacts, root, monkeypatch):
+    a = publish_version(artifacts[0], root).version
+    publish_version(artifacts[1], root)
+    times = []
+
+    class HoldOfWhatIsGone(versions._Hold):
+        def __init__(self, version: Path) -> None:
+            if version.name == a:
+                times.append(version)
+                shutil.rmtree(version)
+            super().__init__(version)
+
+    monkeypatch.setattr(versions, "_Hold", HoldOfWhatIsGone)
+    move = publish_version(artifacts[0], root)
+    assert (move.version, move.copied, len(times)) == (a, True, 1)
+    verify_artifact(root / "versions" / a)
+
+
 # Forks a publisher that never stops, and kills it, for every number of seconds that comes.
 KILL_PUBLISHERS = """
 import itertools, os, signal, sys, time
