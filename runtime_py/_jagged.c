@@ -9,6 +9,13 @@
 
 enum { UNLOCKED_IDS = 1 << 16 }; /* from here on other threads may run; taking the interpreter's lock back can cost 50 us */
 
+/* A tensor may have no memory, such as one of torch's transforms: its address is 0. */
+static int has_memory(const void *address, int64_t count) {
+  if (address || !count) return 1;
+  PyErr_SetString(PyExc_ValueError, "a request's tensor has no memory; give plain tensors, outside of torch.func's transforms");
+  return 0;
+}
+
 static PyObject *add_lengths(PyObject *module, PyObject *const *given, Py_ssize_t count) {
   (void)module;
   int64_t a[3];
@@ -16,16 +23,7 @@ static PyObject *add_lengths(PyObject *module, PyObject *const *given, Py_ssize_
   const int32_t *const lengths = (const int32_t *)a[0];
   int64_t *const offsets = (int64_t *)a[2];
   if (!has_memory(lengths, a[1]) || !has_memory(offsets, 1)) return NULL;
-  int64_t sum = 0;
-  int32_t signs = 0;
-  offsets[0] = 0;
-  for (int64_t i = 0; i < a[1]; ++i) {
-    const int32_t length = lengths[i];
-    signs |= length;
-    sum += length;
-    offsets[i + 1] = sum;
-  }
-  return PyLong_FromLongLong(signs < 0 ? -1 : sum);
+  return PyLong_FromLongLong(sum_lengths(lengths, a[1], offsets));
 }
 
 static PyObject *copy_ids(PyObject *module, PyObject *const *given, Py_ssize_t count) {

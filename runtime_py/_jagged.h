@@ -1,4 +1,5 @@
-/* What the compiled modules share: reading addresses and sizes that Python hands over, and copying ids while they are checked. */
+/* What the compiled modules share: reading addresses and sizes that Python hands over, adding
+ * lengths up, and copying ids while they are checked. */
 
 #define Py_LIMITED_API 0x030B0000
 #define PY_SSIZE_T_CLEAN
@@ -20,11 +21,18 @@ static inline int read_arguments(PyObject *const *given, Py_ssize_t count, Py_ss
   return 1;
 }
 
-/* A tensor may have no memory, such as one of torch's transforms: its address is 0. */
-static inline int has_memory(const void *address, int64_t count) {
-  if (address || !count) return 1;
-  PyErr_SetString(PyExc_ValueError, "a request's tensor has no memory; give plain tensors, outside of torch.func's transforms");
-  return 0;
+/* Adds the lengths of bags up: where each begins, [bags + 1]. Returns the last one, or -1 where a length is negative. */
+static inline int64_t sum_lengths(const int32_t *lengths, int64_t bags, int64_t *offsets) {
+  int64_t sum = 0;
+  int32_t signs = 0;
+  offsets[0] = 0;
+  for (int64_t bag = 0; bag < bags; ++bag) {
+    const int32_t length = lengths[bag];
+    signs |= length;
+    sum += length;
+    offsets[bag + 1] = sum;
+  }
+  return signs < 0 ? -1 : sum;
 }
 
 /* Copies ids, and says whether all copies are in [0, last]. The check reads the copy: nobody can change it any more.

@@ -390,18 +390,6 @@ static PyObject *start(PyObject *module, PyObject *const *given, Py_ssize_t coun
   return capsule;
 }
 
-/* Adds the lengths of bags up; says whether that is so many ids, and no length is negative. */
-static int add_up(const int32_t *lengths, int64_t bags, int64_t count, int64_t *offsets) {
-  int32_t signs = 0;
-  offsets[0] = 0;
-  for (int64_t bag = 0; bag < bags; ++bag) {
-    const int32_t length = lengths[bag];
-    signs |= length;
-    offsets[bag + 1] = offsets[bag] + length;
-  }
-  return signs >= 0 && offsets[bags] == count;
-}
-
 static int overlap(const void *one, int64_t size, const void *other, int64_t other_size) {
   const uintptr_t start = (uintptr_t)one, other_start = (uintptr_t)other;
   return start < other_start + (uintptr_t)other_size && other_start < start + (uintptr_t)size;
@@ -438,7 +426,7 @@ static PyObject *run(PyObject *module, PyObject *const *given, Py_ssize_t count)
   int64_t *const own = job.offsets ? NULL : malloc((size_t)(bags + 1) * sizeof *own);
   if (!job.offsets) {
     job.offsets = own;
-    verdict = !own ? NO_MEMORY : add_up(lengths, bags, ids, own) && bags % team->rows.features == 0 ? FINE : OUTSIDE;
+    verdict = !own ? NO_MEMORY : sum_lengths(lengths, bags, own) == ids && bags % team->rows.features == 0 ? FINE : OUTSIDE;
   } else verdict = job.offsets[bags] == ids ? FINE : OUTSIDE;
   if (verdict == FINE) verdict = share_out(team, &job, a[8], a[9]);
   free(own);
