@@ -22,9 +22,12 @@
 #include <time.h>
 #include <unistd.h>
 
-static const double NEAR = 1.0 / 32; /* of a piece, which is cut between two features where they are that near */
+static const double FETCHING = 0.045; /* of its time a helper needs to get ids out of the caller's cache */
+static const double ROUND = 0.9; /* of what is left goes out in one round of pieces */
+static const double NEAR = 0.05; /* of a piece, which ends between two features where they are that near */
 static const size_t KEPT_BYTES = 2 << 20; /* of a helper's memory, between two jobs */
 
+enum { LARGEST = 4 }; /* piece, in those of the least work */
 enum { MOST_HELPERS = 1023, WRONG = -1, OVERLAP = -2 }; /* what `run` returns, as team.py names it */
 
 typedef struct {
@@ -168,22 +171,35 @@ static int64_t work(Job *job, Room *room) {
 /* The ids before a bag, and one more for each bag, whose result is written, too. */
 static int64_t work_before(const Job *job, int64_t bag) { return job->offsets[bag] + bag; }
 
-/* Cuts a job into at most so many pieces with about the same work each, the first of which has `ahead` more. */
-static void plan(Job *job, int64_t *ends, int64_t most, int64_t ahead) {
+/* The first bag, from `first` on, that has so much work before it. */
+static int64_t find_bag(const Job *job, int64_t first, int64_t target) {
+  int64_t end = first, high = job->team->rows.features * job->bags;
+  while (end < high) {
+    const int64_t middle = end + (high - end) / 2;
+    if (work_before(job, middle) < target) end = middle + 1;
+    else high = middle;
+  }
+  return end;
+}
+
+/* Cuts a job into pieces for some threads, round by round: each gets most of its share of what is left in one piece, as every
+ * piece costs some time, and the rest in smaller ones, for whoever is there first ("factoring": Hummel, Schonberg and Flynn,
+ * 1992). No piece of an earlier round has less work than `least`. The first piece has `ahead` more. */
+static void plan(Job *job, int64_t *ends, int64_t threads, int64_t least, int64_t ahead) {
   const int64_t bags = job->team->rows.features * job->bags, total = work_before(job, bags);
-  if (ahead > total) ahead = total;
-  const double share = (double)(total - ahead) / (double)most;
-  int64_t first = 0;
-  for (int64_t piece = 1; piece <= most && first < bags; ++piece) {
-    int64_t end = piece < most ? first : bags, high = bags;
-    const int64_t target = ahead + (int64_t)(share * (double)piece);
-    while (end < high) { /* the first bag that has the shares up to this one before it */
-      const int64_t middle = end + (high - end) / 2;
-      if (work_before(job, middle) < target) end = middle + 1;
-      else high = middle;
+  double planned = (double)(ahead < total ? ahead : total), size = 0;
+  int is_last = 0;
+  for (int64_t turn = 0, first = 0; first < bags; ++turn) {
+    if (turn % threads == 0) {
+      const double share = ((double)total - planned) / (double)threads, large = ROUND * share;
+      is_last = share <= (double)(2 * least);
+      size = is_last ? share : large < (double)(LARGEST * least) ? large : (double)(LARGEST * least);
     }
+    planned += size;
+    const int64_t target = (int64_t)planned;
+    int64_t end = is_last && (turn + 1) % threads == 0 ? bags : find_bag(job, first, target);
     const int64_t whole = (end + job->bags / 2) / job->bags * job->bags; /* a feature cut in two is looked up twice */
-    if (whole > first && llabs(work_before(job, whole) - target) < (int64_t)(share * NEAR)) end = whole;
+    if (whole > first && llabs(work_before(job, whole) - target) < (int64_t)(size * NEAR)) end = whole;
     if (end == first) continue;
     ends[job->pieces++] = first = end;
   }
@@ -285,18 +301,19 @@ static void finish(Team *team, Job *job) {
 }
 
 /* Returns the verdict on a request. */
-static Verdict share_out(Team *team, Job *job, int64_t piece_ids, int64_t ahead) {
+static Verdict share_out(Team *team, Job *job, int64_t least, int64_t ahead) {
   int64_t ready = 0, asleep = 0;
   for (int64_t i = 0; i < team->helpers; ++i) {
     const uintptr_t word = atomic_load(&team->helper[i].word);
     ready += word == READY;
     asleep += word == ASLEEP;
   }
-  const int64_t hands = 1 + ready + asleep, shares = job->offsets[team->rows.features * job->bags] / (piece_ids * hands);
-  const int64_t most = hands * (shares > 1 ? shares : 1);
+  const int64_t threads = 1 + ready + asleep, bags = team->rows.features * job->bags;
+  const int64_t total = work_before(job, bags), most = total / least + 2 * threads;
   int64_t *const ends = malloc((size_t)most * sizeof *ends);
   if (!ends) return NO_MEMORY;
-  plan(job, ends, most, ready || !asleep ? 0 : ahead);
+  if (ready || !asleep) ahead = (int64_t)(FETCHING * (double)total / (double)threads);
+  plan(job, ends, threads, least, ahead);
   int64_t wanted = job->pieces - 1;
   for (int64_t i = 0; i < team->helpers && wanted > 0; ++i) wanted -= offer(&team->helper[i], READY, job);
   for (int64_t i = 0; i < team->helpers && wanted > 0; ++i) wanted -= offer(&team->helper[i], ASLEEP, job);

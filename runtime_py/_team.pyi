@@ -30,7 +30,7 @@ def run(
     weights: int,
     weighted: bool,
     pooled: int,
-    piece_ids: int,
+    least: int,
     ahead: int,
     /,
 ) -> int | None: ...

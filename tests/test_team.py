@@ -225,11 +225,11 @@ def until(condition: Callable[[], bool], seconds: float = 20) -> bool:
 @pytest.mark.parametrize("spin_us", [0, 1000])
 def test_helpers_take_their_part(plain: Artifact, spin_us: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of bags of very different sizes, which are cut into pieces with about the same work."""
-    monkeypatch.setattr(team, "PIECE_IDS", 1000)
+    monkeypatch.setattr(team, "PIECE_IDS", 250)
     helpers = make_team(plain, 3, spin_us)
-    assert until(lambda: (look_up(helpers, draw_values(LENGTHS), LENGTHS)[0]) > 3)  # of 40
+    assert until(lambda: (look_up(helpers, draw_values(LENGTHS), LENGTHS)[0]) > 3)  # of 50
     skewed = [0] * 39_000 + [40] * 1000
-    assert until(lambda: (look_up(helpers, draw_values(skewed), skewed)[0]) > 3)  # of 80
+    assert until(lambda: (look_up(helpers, draw_values(skewed), skewed)[0]) > 3)  # of 90
 
 
 def test_one_thread_has_no_helpers(plain: Artifact) -> None:
@@ -271,7 +271,7 @@ def test_a_helper_sleeps_when_nobody_has_asked_for_a_while(plain: Artifact, monk
 
 def test_a_helper_takes_subnormal_numbers_as_its_caller_does(plain: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.set_flush_denormal` is of the calling thread."""
-    monkeypatch.setattr(team, "PIECE_IDS", 1000)
+    monkeypatch.setattr(team, "PIECE_IDS", 250)
     weights = plain.graph.weights.clone()  # type: ignore[attr-defined]
     age = plain.manifest.table["age"]
     weights[age.offset_bytes : age.offset_bytes + age.bytes].view(torch.float32).fill_(1e-40)
@@ -280,7 +280,7 @@ def test_a_helper_takes_subnormal_numbers_as_its_caller_does(plain: Artifact, mo
 
     def zeros() -> int:
         helped = 0
-        while helped < 12:  # of 40 pieces, the last eight of which are this table's
+        while helped < 12:  # of 50 pieces, the last 14 of which are this table's
             helped, pooled = look_up(helpers, values, LENGTHS)  # type: ignore[assignment]
         return int((pooled.view(torch.int32)[:, -4:] == 0).sum())  # by their bits: a comparison would flush them, too
 

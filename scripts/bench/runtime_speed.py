@@ -6,11 +6,12 @@ keeps the last three quarters: each has a mapping of the rows of its own, whose 
 the caches, as no server does. The figures are medians, and all outputs are compared. No two runs in a row have the same
 request, as in a server: one request again and again would find its rows in the core's cache. Its ids have just been
 written, as a server has just parsed them. Where the kernel let a thread of ours wait for a core for more than 2 % of that
-time, the round is left out, and counted: on a busy machine it would measure the others. Threads that share a request are
-bound to a core each, as some kernels keep both on one for milliseconds to leave the other asleep. A helper looks out for
-work for a millisecond: it is awake where requests follow each other, as they do here, and asleep after a pause, which is
-measured, too. Artifacts are built in a process of their own: what a build leaves to malloc made it fetch every large
-result anew.
+time, the round is left out, and counted: on a busy machine it would measure the others. The rounds of a comparison
+are spread over the run, in five passes: what disturbs a virtual machine from outside lasts for seconds, and is not
+counted. Threads that share a request are bound to a core each, as some kernels keep both on one for milliseconds to
+leave the other asleep. A helper looks out for work for a millisecond: it is awake where requests follow each other,
+as they do here, and asleep after a pause, which is measured, too. Artifacts are built in a process of their own: what
+a build leaves to malloc made it fetch every large result anew.
 
 `bare operator` is FBGEMM's lookup called from Python with its offsets given, `bare TorchScript` the artifact's graph with
 the checks that it makes itself. torchrec's quantized module is traced by torchrec.fx and scripted, over the same rows,
@@ -22,6 +23,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -30,7 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ from runtime_py.constants import make_constants
 
 DIM = 64
 WARM_UP = 20
+PASSES = 5
 Inputs = tuple[Any, ...]
 Run = Callable[..., torch.Tensor]  # of the inputs that a contender takes
 Contender = tuple[Run, Callable[[torch.Tensor], Inputs]]  # and how they are made of a request's values
@@ -173,46 +176,73 @@ class Waiting:
             os.close(file)
 
 
-def measure(contenders: dict[str, Contender], requests: list[torch.Tensor], seconds: float) -> dict[str, float]:
-    """Median microseconds of each, of the rounds in which all had their cores; prints how many there were."""
-    for number in range(WARM_UP):
-        values = requests[number % len(requests)]
-        outputs = {name: run(*prepare(values.clone())).clone() for name, (run, prepare) in contenders.items()}
-        first = next(iter(outputs.values()))
-        for name, output in outputs.items():
-            if not torch.equal(output, first):
-                raise SystemExit(f"'{name}' gives another result")
-    del outputs, first
-    turn = itertools.cycle(requests)
-    in_a_row = min(32, max(4, IDS_IN_A_ROW // max(1, requests[0].numel()) // 4 * 4))
-    waiting = Waiting()
-    kept: list[dict[str, list[int]]] = []
-    rounds: list[dict[str, list[int]]] = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        times: dict[str, list[int]] = {name: [] for name in contenders}
-        fine = True
-        for name, (run, prepare) in contenders.items():
-            for values in itertools.islice(turn, in_a_row // 4):
-                run(*prepare(values.clone()))
-            waited = waiting.read_ns()
-            for values in itertools.islice(turn, in_a_row // 4 * 3):
-                inputs = prepare(values.clone())
-                start = time.perf_counter_ns()
-                run(*inputs)
-                times[name].append(time.perf_counter_ns() - start)
-            fine &= waiting.read_ns() - waited <= 0.02 * sum(times[name]) + 2000
-        rounds.append(times)
-        if fine:
-            kept.append(times)
-    waiting.close()
-    few = len(kept) < 5
-    print(f"  {len(kept)} of {len(rounds)} rounds had their cores" + ("; too few: of all rounds" if few else ""))
-    medians = {}
-    for name in contenders:
-        medians[name] = statistics.median(took for times in (rounds if few else kept) for took in times[name]) / 1000
-        print(f"  {name:34}{medians[name]:12.1f} us")
-    return medians
+@dataclass
+class Comparison:
+    """Contenders with the same requests. Its rounds are spread over the whole run."""
+
+    title: str
+    contenders: dict[str, Contender]
+    requests: list[torch.Tensor]
+    judge: Callable[[dict[str, float]], None]  # prints what medians mean
+    share: float = 1  # of the time that others get
+    kept: list[dict[str, list[int]]] = field(default_factory=list)
+    rounds: list[dict[str, list[int]]] = field(default_factory=list)
+
+    def run(self, seconds: float) -> None:
+        """Some more rounds, after a warm-up in which outputs are compared."""
+        for number in range(WARM_UP):
+            values = self.requests[number % len(self.requests)]
+            outputs = {name: run(*prepare(values.clone())).clone() for name, (run, prepare) in self.contenders.items()}
+            first = next(iter(outputs.values()))
+            for name, output in outputs.items():
+                if not torch.equal(output, first):
+                    raise SystemExit(f"'{name}' gives another result")
+        del outputs, first
+        turn = itertools.cycle(self.requests)
+        in_a_row = min(32, max(4, IDS_IN_A_ROW // max(1, self.requests[0].numel()) // 4 * 4))
+        waiting = Waiting()
+        end = time.perf_counter() + seconds * self.share
+        while time.perf_counter() < end:
+            times: dict[str, list[int]] = {name: [] for name in self.contenders}
+            fine = True
+            for name, (run, prepare) in self.contenders.items():
+                for values in itertools.islice(turn, in_a_row // 4):
+                    run(*prepare(values.clone()))
+                waited = waiting.read_ns()
+                for values in itertools.islice(turn, in_a_row // 4 * 3):
+                    inputs = prepare(values.clone())
+                    start = time.perf_counter_ns()
+                    run(*inputs)
+                    times[name].append(time.perf_counter_ns() - start)
+                fine &= waiting.read_ns() - waited <= 0.02 * sum(times[name]) + 2000
+            self.rounds.append(times)
+            if fine:
+                self.kept.append(times)
+        waiting.close()
+
+    def tell(self) -> None:
+        """Prints median microseconds of each, of the rounds in which all had their cores, and how many there were."""
+        few = len(self.kept) < 5
+        print(self.title)
+        print(
+            f"  {len(self.kept)} of {len(self.rounds)} rounds had their cores"
+            + ("; too few: of all rounds" if few else "")
+        )
+        medians = {}
+        for name in self.contenders:
+            took = [nanoseconds for times in (self.rounds if few else self.kept) for nanoseconds in times[name]]
+            medians[name] = statistics.median(took) / 1000
+            print(f"  {name:34}{medians[name]:12.1f} us")
+        self.judge(medians)
+
+
+def run_all(comparisons: list[Comparison], seconds: float) -> None:
+    """Runs each for so long, in several passes over all of them: what disturbs a machine often lasts for seconds."""
+    for _ in range(PASSES):
+        for comparison in comparisons:
+            comparison.run(seconds / PASSES)
+    for comparison in comparisons:
+        comparison.tell()
 
 
 def verdict(what: str, value: float, limit: float, *, least: bool = False) -> None:
@@ -226,6 +256,7 @@ def compare_overhead(path: Path, seconds: float) -> None:
     artifact = load_artifact(path, verify="sizes")
     operator, torchrec = bare_operator(artifact), script_torchrec(artifact)
     keys = [feature.name for feature in artifact.manifest.features]
+    comparisons = []
     for bags, length in ((1, 1), (1, 5), (20, 20), (60, 20), (200, 20), (600, 20)):
         requests = draw(artifact, bags, length)
         lengths, offsets = requests.lengths, requests.offsets
@@ -246,16 +277,20 @@ def compare_overhead(path: Path, seconds: float) -> None:
             "artifact(KeyedJaggedTensor)": (lambda request: artifact(request).values, keyed),
             "torchrec.fx, TorchScript": (torchrec, raw),
         }
-        print(
-            f"\n{len(keys)} tables, {bags} bags of {length} ids each: {requests.ids} ids, {len(requests.values)} requests"
-        )
-        medians = measure(contenders, requests.values, seconds)
-        ours = medians["artifact.lookup"]
-        if requests.ids >= 10_000:
-            verdict("artifact.lookup / bare operator", ours / medians["bare operator"], 1.1)
-        else:
-            verdict("artifact.lookup / bare TorchScript", ours / medians["bare TorchScript"], 2.5)
-            verdict("artifact.lookup / torchrec.fx", ours / medians["torchrec.fx, TorchScript"], 1.0)
+        title = f"\n{len(keys)} tables, {bags} bags of {length} ids each: {requests.ids} ids, {len(requests.values)} requests"
+        judge = functools.partial(judge_overhead, requests.ids)
+        comparisons.append(Comparison(title, contenders, requests.values, judge))
+    run_all(comparisons, seconds)
+
+
+def judge_overhead(ids: int, medians: dict[str, float]) -> None:
+    """Of requests of so many ids."""
+    ours = medians["artifact.lookup"]
+    if ids >= 10_000:
+        verdict("artifact.lookup / bare operator", ours / medians["bare operator"], 1.1)
+    else:
+        verdict("artifact.lookup / bare TorchScript", ours / medians["bare TorchScript"], 2.5)
+        verdict("artifact.lookup / torchrec.fx", ours / medians["torchrec.fx, TorchScript"], 1.0)
 
 
 def bind_threads() -> None:
@@ -275,8 +310,9 @@ def compare_threads(path: Path, seconds: float) -> None:
     pool = ThreadPoolExecutor(1)
     pool.submit(torch.set_num_threads, 1).result()
     bind_threads()
+    comparisons = []
     for ids in (10_000, 20_000, 50_000, 100_000, 250_000, 1_000_000):
-        bags = ids // (20 * count) // 2 * 2
+        bags = math.ceil(ids / (40 * count)) * 2
         requests = draw(one, bags, 20)
         lengths, offsets = requests.lengths, requests.offsets
         half_offsets = offsets[: count * bags // 2 + 1].contiguous()
@@ -303,7 +339,7 @@ def compare_threads(path: Path, seconds: float) -> None:
             time.sleep(PAUSE_SECONDS)
             return values, lengths
 
-        print(f"\n{count} table(s), {bags} bags of 20 ids each: {requests.ids} ids, {len(requests.values)} requests")
+        title = f"\n{count} table(s), {bags} bags of 20 ids each: {requests.ids} ids, {len(requests.values)} requests"
         out = torch.empty(bags, DIM * count)
         contenders: dict[str, Contender] = {
             "threads=1": (one.lookup, raw),
@@ -313,20 +349,30 @@ def compare_threads(path: Path, seconds: float) -> None:
             "bare operator": (operator, with_offsets),
             "two bare operators, halves": (look_up_halves, halves),
         }
-        medians = measure(contenders, requests.values, seconds)
-        possible = medians["bare operator"] / medians["two bare operators, halves"]
-        for name in ("threads=1", "threads=1, into out"):
-            other = name.replace("=1", "=2")
-            verdict(f"{name} / {other}", medians[name] / medians[other], 1.7, least=True)
-        print(f"     two bare operators gained {possible:.2f}, nothing checked")
+        comparisons.append(Comparison(title, contenders, requests.values, judge_threads))
         late: dict[str, Contender] = {
             "threads=1, after a pause": (one.lookup, after_a_pause),
             "threads=2, after a pause": (two.lookup, after_a_pause),
         }
-        alone, helped = measure(late, requests.values, seconds / 2).values()
-        print(f"     a helper that had gone to sleep gained {alone / helped:.2f}")
+        comparisons.append(Comparison("", late, requests.values, judge_late, share=0.5))
+    run_all(comparisons, seconds)
     pool.shutdown()
     os.sched_setaffinity(0, cores)
+
+
+def judge_threads(medians: dict[str, float]) -> None:
+    """What the second core gained."""
+    for name in ("threads=1", "threads=1, into out"):
+        other = name.replace("=1", "=2")
+        verdict(f"{name} / {other}", medians[name] / medians[other], 1.7, least=True)
+    possible = medians["bare operator"] / medians["two bare operators, halves"]
+    print(f"     two bare operators gained {possible:.2f}, nothing checked")
+
+
+def judge_late(medians: dict[str, float]) -> None:
+    """What it gained after a pause."""
+    alone, helped = medians.values()
+    print(f"     a helper that had gone to sleep gained {alone / helped:.2f}")
 
 
 def memory_kib(field: str) -> int:
