@@ -18,6 +18,7 @@ SPLIT_IDS = 8192
 SPLIT_BYTES = 2**20  # of rows
 _COMPARED_BAGS = 32  # of 0 to 31 ids a feature
 Graph = Callable[..., torch.Tensor]
+_count_modes = torch._C._len_torch_dispatch_stack  # named here for the same reason as in checks.py
 
 
 class Lookups:
@@ -103,10 +104,7 @@ class Lookups:
         (While torch traces, a count is a tensor. Tensors of its transforms have no memory, so that a team does nothing.)
         """
         return (
-            type(count) is int
-            and count >= SPLIT_IDS
-            and count * self._row_bytes >= SPLIT_BYTES
-            and not torch._C._len_torch_dispatch_stack()
+            type(count) is int and count >= SPLIT_IDS and count * self._row_bytes >= SPLIT_BYTES and not _count_modes()
         )
 
     def _share(

@@ -15,7 +15,8 @@ from runtime_py.constants import make_constants
 from runtime_py.manifest import Manifest
 
 try:
-    from runtime_py import _team
+    from runtime_py._team import run as _run
+    from runtime_py._team import start as _start
 except ImportError as error:
     raise ImportError(
         f"runtime_py's compiled part cannot be imported ({error}); install the project with pip, which compiles it"
@@ -26,7 +27,7 @@ __all__ = ["OVERLAP", "WRONG", "Team"]
 WRONG = -1
 OVERLAP = -2
 
-PIECE_IDS = 32768  # of the least piece where a thread has several: each costs 5 to 15 us, as looking 500 to 1,500 ids up does
+PIECE_IDS = 32768  # of the least piece where a thread has several: each costs 5 to 15 us, as 500 to 1,500 ids do
 _AHEAD_BYTES = 3 * 2**18  # of rows that the caller looks up before a thread that slept has begun
 _OPERATOR = "int_nbit_split_embedding_codegen_lookup_function"
 _ARGUMENTS = (
@@ -80,32 +81,36 @@ class Team:
             How many pieces the helpers did. `WRONG` where something is wrong with lengths or ids, or a tensor has no memory;
             `pooled` may hold anything then. `OVERLAP` where it lies over the request: nothing was done.
         """
-        bags = lengths.numel() if lengths is not None else offsets.numel() - 1 if offsets is not None else 0
         try:
-            request = (
-                values.data_ptr(),
-                values.numel(),
-                0 if lengths is None else lengths.data_ptr(),
-                0 if offsets is None else offsets.data_ptr(),
-                bags,
-                0 if weights is None else weights.data_ptr(),
-                weights is not None,
-                pooled.data_ptr(),
-                PIECE_IDS,
-                self._ahead,
-            )
+            ids, rows = values.data_ptr(), pooled.data_ptr()
+            given_lengths = 0 if lengths is None else lengths.data_ptr()
+            given_offsets = 0 if offsets is None else offsets.data_ptr()
+            given_weights = 0 if weights is None else weights.data_ptr()
         except RuntimeError:  # of a tensor of torch's transforms
             return WRONG
-        helped = _team.run(self._helpers, *request)
+        bags = lengths.numel() if lengths is not None else offsets.numel() - 1 if offsets is not None else 0
+        helped = _run(
+            self._helpers,
+            ids,
+            values.numel(),
+            given_lengths,
+            given_offsets,
+            bags,
+            given_weights,
+            weights is not None,
+            rows,
+            PIECE_IDS,
+            self._ahead,
+        )
         if helped is None:  # in a child of the process whose helpers they are
             self._start()
-            helped = _team.run(self._helpers, *request)
-        return WRONG if helped is None else helped
+            return self.look_up(values, weights, pooled, lengths=lengths, offsets=offsets)
+        return helped
 
     def _start(self) -> None:
         constants = self._constants
         weights = constants["weights"]
-        self._helpers = _team.start(
+        self._helpers = _start(
             self.threads - 1,
             self._spin_us * 1000,
             self._features,
