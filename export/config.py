@@ -424,6 +424,12 @@ class ServingConfig(_Section):
             raise error_at("expected torchscript among the graphs: it is what the loader runs by default", "graphs")
         return self
 
+    @model_validator(mode="after")
+    def _uses_isa(self) -> Self:
+        if "isa" in self.model_fields_set and GraphKind.AOT_INDUCTOR not in self.graphs:
+            raise error_at("is for a compiled graph: add aot_inductor to graphs, or leave isa out", "isa")
+        return self
+
 
 DEFAULT_BUDGETS: Mapping[Precision, Budget] = {
     Precision.FP32: Budget(max_absolute_error=0.0),

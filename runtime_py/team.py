@@ -16,7 +16,7 @@ from runtime_py.manifest import Manifest
 
 try:
     from runtime_py._team import run as _run
-    from runtime_py._team import start as _start
+    from runtime_py._team import start as _start_helpers
 except ImportError as error:
     raise ImportError(
         f"runtime_py's compiled part cannot be imported ({error}); install the project with pip, which compiles it"
@@ -110,7 +110,7 @@ class Team:
     def _start(self) -> None:
         constants = self._constants
         weights = constants["weights"]
-        self._helpers = _start(
+        self._helpers = _start_helpers(
             self.threads - 1,
             self._spin_us * 1000,
             self._features,

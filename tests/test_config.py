@@ -766,6 +766,9 @@ def test_torchscript_is_among_the_graphs_since_loaders_run_it_by_default(tmp_pat
     config = load(tmp_path, release_with("serving: {graphs: [torchscript, aot_inductor], isa: x86-64-v4}"))
     assert config.serving.isa == "x86-64-v4"
     assert "'x86-64-v3' or 'x86-64-v4'" in refusal(tmp_path, release_with("serving: {isa: native}"))
+    assert refusal(tmp_path, release_with("serving: {isa: x86-64-v4}")).endswith(
+        ": serving.isa: is for a compiled graph: add aot_inductor to graphs, or leave isa out"
+    )
 
 
 @pytest.mark.parametrize("mode", ["train", "evaluate"])

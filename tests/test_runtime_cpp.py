@@ -706,3 +706,9 @@ def test_a_wrong_command_line_exits_with_2(serve, built_artifact, arguments, exp
     done = serve(built_artifact, *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {expected}\nusage: serve ARTIFACT ")
+
+
+def test_help_is_no_error(serve, built_artifact):
+    done = serve(built_artifact, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: serve ARTIFACT ")

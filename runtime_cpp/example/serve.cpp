@@ -9,6 +9,7 @@
 #include <ATen/Parallel.h>
 #include <large_embeddings/artifact.h>
 
+#include <algorithm>
 #include <charconv>
 #include <chrono>
 #include <cmath>
@@ -368,6 +369,10 @@ int run(Arguments& arguments) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (std::find(argv, argv + argc, std::string("--help")) != argv + argc) {
+    std::cout << kUsage;
+    return 0;
+  }
   try {
     Arguments arguments = parse_arguments(argc, argv);
     return run(arguments);
