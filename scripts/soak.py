@@ -124,7 +124,7 @@ def serve(path: Path, number: int, options: argparse.Namespace, results: "Queue[
     memory = []
     start = time.monotonic()
     while (passed := time.monotonic() - start) < options.seconds and not any(wrong):
-        time.sleep(options.seconds / 60)
+        time.sleep(min(0.25, options.seconds / 60))  # requests in the air come and go, of megabytes each
         memory.append((passed, own_memory_kib()))
     stop.set()
     for each in threads:
