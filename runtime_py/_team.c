@@ -22,12 +22,11 @@
 #include <time.h>
 #include <unistd.h>
 
-static const double FETCHING = 0.045; /* of its time a helper needs to get ids out of the caller's cache */
 static const double ROUND = 0.9; /* of what is left goes out in one round of pieces */
 static const double NEAR = 0.05; /* of a piece, which ends between two features where they are that near */
 static const size_t KEPT_BYTES = 2 << 20; /* of a helper's memory, between two jobs */
 
-enum { LARGEST = 4 }; /* piece, in those of the least work */
+enum { LARGEST = 4 }; /* times the least work is what a piece may have */
 enum { MOST_HELPERS = 1023, WRONG = -1, OVERLAP = -2 }; /* what `run` returns, as team.py names it */
 
 typedef struct {
@@ -184,7 +183,7 @@ static int64_t find_bag(const Job *job, int64_t first, int64_t target) {
 
 /* Cuts a job into pieces for some threads, round by round: each gets most of its share of what is left in one piece, as every
  * piece costs some time, and the rest in smaller ones, for whoever is there first ("factoring": Hummel, Schonberg and Flynn,
- * 1992). No piece of an earlier round has less work than `least`. The first piece has `ahead` more. */
+ * 1992). Only those of the last round have less work than `least`. The first piece has `ahead` more. */
 static void plan(Job *job, int64_t *ends, int64_t threads, int64_t least, int64_t ahead) {
   const int64_t bags = job->team->rows.features * job->bags, total = work_before(job, bags);
   double planned = (double)(ahead < total ? ahead : total), size = 0;
@@ -309,11 +308,10 @@ static Verdict share_out(Team *team, Job *job, int64_t least, int64_t ahead) {
     asleep += word == ASLEEP;
   }
   const int64_t threads = 1 + ready + asleep, bags = team->rows.features * job->bags;
-  const int64_t total = work_before(job, bags), most = total / least + 2 * threads;
+  const int64_t most = work_before(job, bags) / least + 2 * threads;
   int64_t *const ends = malloc((size_t)most * sizeof *ends);
   if (!ends) return NO_MEMORY;
-  if (ready || !asleep) ahead = (int64_t)(FETCHING * (double)total / (double)threads);
-  plan(job, ends, threads, least, ahead);
+  plan(job, ends, threads, least, ready || !asleep ? 0 : ahead);
   int64_t wanted = job->pieces - 1;
   for (int64_t i = 0; i < team->helpers && wanted > 0; ++i) wanted -= offer(&team->helper[i], READY, job);
   for (int64_t i = 0; i < team->helpers && wanted > 0; ++i) wanted -= offer(&team->helper[i], ASLEEP, job);
