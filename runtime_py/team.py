@@ -27,7 +27,7 @@ __all__ = ["OVERLAP", "WRONG", "Team"]
 WRONG = -1
 OVERLAP = -2
 
-PIECE_IDS = 32768  # at least, but for the last pieces of a request: each piece costs 5 to 15 us, as 500 to 1,500 ids do
+PIECE_IDS = 8192  # at least, but for the last pieces of a request: each piece costs 5 to 15 us, as 500 to 1,500 ids do
 _AHEAD_BYTES = 3 * 2**18  # of rows that the caller looks up before a thread that slept has begun
 _OPERATOR = "int_nbit_split_embedding_codegen_lookup_function"
 _ARGUMENTS = (

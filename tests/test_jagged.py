@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -83,17 +84,37 @@ def test_ids_are_copied_and_compared_with_their_own_table(drawn: tuple[list[list
     assert Limits(torch.tensor(last)).has(values, offsets) == inside(request, last)
 
 
-@pytest.mark.parametrize("count", [1, 511, 512, 513, 1024, 5000, 65_535, 65_536, 200_000])
+@pytest.mark.parametrize("count", [*range(1, 20), 5000, 65_535, 65_536, 200_000])
 @pytest.mark.parametrize("wrong", [-1, 1000, 2**62, -(2**63), 2**63 - 1])
-def test_one_id_outside_is_found_at_every_place_of_a_block(count: int, wrong: int) -> None:
+def test_one_id_outside_is_found_at_every_place(count: int, wrong: int) -> None:
     values = torch.full((count,), 999)
     offsets, limits, ids = torch.tensor([0, count]), Limits(torch.tensor([999])), torch.empty(count, dtype=torch.int64)
     assert limits.copy_ids(values, offsets, ids)
-    for place in {0, count // 2, min(count - 1, 511), min(count - 1, 512), count - 1}:
+    for place in {*range(min(count, 24)), count // 2, *range(max(0, count - 24), count)}:
         values[place] = wrong
         assert not limits.copy_ids(values, offsets, ids)
         assert ids[place] == wrong
         values[place] = 999
+
+
+def test_ids_that_change_under_the_check_are_copied_as_they_were_checked() -> None:
+    values = torch.zeros(100_000, dtype=torch.int64)  # enough for other threads to run meanwhile
+    offsets, limits, ids = torch.tensor([0, values.numel()]), Limits(torch.tensor([9])), torch.empty_like(values)
+    ended = threading.Event()
+
+    def change() -> None:
+        while not ended.is_set():
+            values.fill_(10)
+            values.fill_(9)
+
+    other = threading.Thread(target=change)
+    other.start()
+    try:
+        for _ in range(1000):
+            assert limits.copy_ids(values, offsets, ids) == bool((ids <= 9).all())
+    finally:
+        ended.set()
+        other.join()
 
 
 def test_a_copy_ends_where_the_ids_end() -> None:

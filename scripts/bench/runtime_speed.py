@@ -6,12 +6,14 @@ keeps the last three quarters: each has a mapping of the rows of its own, whose 
 the caches, as no server does. The figures are medians, and all outputs are compared. No two runs in a row have the same
 request, as in a server: one request again and again would find its rows in the core's cache. Its ids have just been
 written, as a server has just parsed them. Where the kernel let a thread of ours wait for a core for more than 2 % of that
-time, the round is left out, and counted: on a busy machine it would measure the others. The rounds of a comparison
-are spread over the run, in five passes: what disturbs a virtual machine from outside lasts for seconds, and is not
-counted. Threads that share a request are bound to a core each, as some kernels keep both on one for milliseconds to
-leave the other asleep. A helper looks out for work for a millisecond: it is awake where requests follow each other,
-as they do here, and asleep after a pause, which is measured, too. Artifacts are built in a process of their own: what
-a build leaves to malloc made it fetch every large result anew.
+time, the round is left out, and counted: on a busy machine it would measure the others. What the kernel of a virtual
+machine can't see is asked of its cores: before and after a round of two threads each looks requests up with the bare
+operator while the other does nothing, and the round is left out where one is a tenth slower, as a core is that it shares
+with a neighbour; what all rounds gave is told, too. The rounds of a comparison are spread over the run, in five passes.
+Threads that share a request are bound to a core each, as some kernels keep both on one for milliseconds to leave the
+other asleep. A helper looks out for work for a millisecond: it is awake where requests follow each other, as they do here,
+and asleep after a pause, which is measured, too. Artifacts are built in a process of their own: what a build leaves to
+malloc made it fetch every large result anew.
 
 `bare operator` is FBGEMM's lookup called from Python with its offsets given, `bare TorchScript` the artifact's graph with
 the checks that it makes itself. torchrec's quantized module is traced by torchrec.fx and scripted, over the same rows,
@@ -53,6 +55,7 @@ PASSES = 5
 Inputs = tuple[Any, ...]
 Run = Callable[..., torch.Tensor]  # of the inputs that a contender takes
 Contender = tuple[Run, Callable[[torch.Tensor], Inputs]]  # and how they are made of a request's values
+Medians = dict[str, float]
 IDS_IN_A_ROW = 320_000  # that a contender looks up before the next one's turn
 PAUSE_SECONDS = 0.003  # in which a helper goes to sleep
 ROWS_BYTES = 192 << 20  # that all requests of a comparison read together: several times a cache
@@ -176,6 +179,28 @@ class Waiting:
             os.close(file)
 
 
+class Cores:
+    """Whether the second thread's core is as fast as the caller's: a virtual one may share its core with a neighbour's."""
+
+    def __init__(self, other: ThreadPoolExecutor, operator: Run, requests: "Requests") -> None:
+        """`other` has the second thread; the operator looks some of the requests up on each, while the other does nothing."""
+        self._other, self._operator, self._offsets = other, operator, requests.offsets
+        self._turn = itertools.cycle(requests.values)
+
+    def are_alike(self) -> bool:
+        """Whether neither takes a tenth longer than the other."""
+        times = self._look_up(), self._other.submit(self._look_up).result()
+        return max(times) <= 1.1 * min(times)
+
+    def _look_up(self) -> float:
+        times = []
+        for values in itertools.islice(self._turn, 16):
+            start = time.perf_counter_ns()
+            self._operator(values, self._offsets)
+            times.append(time.perf_counter_ns() - start)
+        return statistics.median(times[4:])  # the thread has just woken up
+
+
 @dataclass
 class Comparison:
     """Contenders with the same requests. Its rounds are spread over the whole run."""
@@ -183,8 +208,9 @@ class Comparison:
     title: str
     contenders: dict[str, Contender]
     requests: list[torch.Tensor]
-    judge: Callable[[dict[str, float]], None]  # prints what medians mean
+    judge: Callable[[Medians, Medians], None]  # prints what those of the kept rounds and those of all rounds mean
     share: float = 1  # of the time that others get
+    cores: Cores | None = None  # where two threads take part
     kept: list[dict[str, list[int]]] = field(default_factory=list)
     rounds: list[dict[str, list[int]]] = field(default_factory=list)
 
@@ -204,7 +230,7 @@ class Comparison:
         end = time.perf_counter() + seconds * self.share
         while time.perf_counter() < end:
             times: dict[str, list[int]] = {name: [] for name in self.contenders}
-            fine = True
+            fine = self.cores is None or self.cores.are_alike()
             for name, (run, prepare) in self.contenders.items():
                 for values in itertools.islice(turn, in_a_row // 4):
                     run(*prepare(values.clone()))
@@ -216,7 +242,7 @@ class Comparison:
                     times[name].append(time.perf_counter_ns() - start)
                 fine &= waiting.read_ns() - waited <= 0.02 * sum(times[name]) + 2000
             self.rounds.append(times)
-            if fine:
+            if fine and (self.cores is None or self.cores.are_alike()):
                 self.kept.append(times)
         waiting.close()
 
@@ -228,12 +254,16 @@ class Comparison:
             f"  {len(self.kept)} of {len(self.rounds)} rounds had their cores"
             + ("; too few: of all rounds" if few else "")
         )
-        medians = {}
-        for name in self.contenders:
-            took = [nanoseconds for times in (self.rounds if few else self.kept) for nanoseconds in times[name]]
-            medians[name] = statistics.median(took) / 1000
-            print(f"  {name:34}{medians[name]:12.1f} us")
-        self.judge(medians)
+        everything = find_medians(self.rounds)
+        medians = everything if few else find_medians(self.kept)
+        for name, median in medians.items():
+            print(f"  {name:34}{median:12.1f} us")
+        self.judge(medians, everything)
+
+
+def find_medians(rounds: list[dict[str, list[int]]]) -> Medians:
+    """Microseconds of each contender."""
+    return {name: statistics.median(itertools.chain(*(times[name] for times in rounds))) / 1000 for name in rounds[0]}
 
 
 def run_all(comparisons: list[Comparison], seconds: float) -> None:
@@ -283,7 +313,7 @@ def compare_overhead(path: Path, seconds: float) -> None:
     run_all(comparisons, seconds)
 
 
-def judge_overhead(ids: int, medians: dict[str, float]) -> None:
+def judge_overhead(ids: int, medians: Medians, _: Medians) -> None:
     """Of requests of so many ids."""
     ours = medians["artifact.lookup"]
     if ids >= 10_000:
@@ -310,6 +340,7 @@ def compare_threads(path: Path, seconds: float) -> None:
     pool = ThreadPoolExecutor(1)
     pool.submit(torch.set_num_threads, 1).result()
     bind_threads()
+    both = Cores(pool, operator, draw(one, math.ceil(10_000 / (40 * count)) * 2, 20))
     comparisons = []
     for ids in (10_000, 20_000, 50_000, 100_000, 250_000, 1_000_000):
         bags = math.ceil(ids / (40 * count)) * 2
@@ -349,27 +380,28 @@ def compare_threads(path: Path, seconds: float) -> None:
             "bare operator": (operator, with_offsets),
             "two bare operators, halves": (look_up_halves, halves),
         }
-        comparisons.append(Comparison(title, contenders, requests.values, judge_threads))
+        comparisons.append(Comparison(title, contenders, requests.values, judge_threads, cores=both))
         late: dict[str, Contender] = {
             "threads=1, after a pause": (one.lookup, after_a_pause),
             "threads=2, after a pause": (two.lookup, after_a_pause),
         }
-        comparisons.append(Comparison("", late, requests.values, judge_late, share=0.5))
+        comparisons.append(Comparison("", late, requests.values, judge_late, share=0.5, cores=both))
     run_all(comparisons, seconds)
     pool.shutdown()
     os.sched_setaffinity(0, cores)
 
 
-def judge_threads(medians: dict[str, float]) -> None:
+def judge_threads(medians: Medians, everything: Medians) -> None:
     """What the second core gained."""
     for name in ("threads=1", "threads=1, into out"):
         other = name.replace("=1", "=2")
         verdict(f"{name} / {other}", medians[name] / medians[other], 1.7, least=True)
+        print(f"     {everything[name] / everything[other]:.2f} in all rounds")
     possible = medians["bare operator"] / medians["two bare operators, halves"]
     print(f"     two bare operators gained {possible:.2f}, nothing checked")
 
 
-def judge_late(medians: dict[str, float]) -> None:
+def judge_late(medians: Medians, _: Medians) -> None:
     """What it gained after a pause."""
     alone, helped = medians.values()
     print(f"     a helper that had gone to sleep gained {alone / helped:.2f}")
