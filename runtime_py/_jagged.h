@@ -7,14 +7,9 @@
 #include <stdint.h>
 #include <string.h>
 
-/* A function with vectors is compiled twice; the dynamic linker takes the one for AVX2 where the processor has it. */
-#if defined(__x86_64__) && defined(__GLIBC__)
-#define WIDE __attribute__((target_clones("avx2", "default")))
-#else
-#define WIDE
-#endif
-
-typedef uint64_t Ids __attribute__((vector_size(32), aligned(8), may_alias));
+/* As a caller's memory may be anywhere. */
+typedef uint64_t Id __attribute__((aligned(1), may_alias));
+typedef uint64_t Ids __attribute__((vector_size(16), aligned(1), may_alias));
 
 static inline int read_arguments(PyObject *const *given, Py_ssize_t count, Py_ssize_t expected, int64_t *to) {
   if (count != expected) {
@@ -43,25 +38,22 @@ static inline int64_t sum_lengths(const int32_t *lengths, int64_t bags, int64_t 
 }
 
 /* Copies ids, and says whether all copies are in [0, last]. Each is read once (volatile), so that what is checked is what is
- * copied. `last - id` of an id that is too large, and a negative id itself, have the sign bit set.
- *
- * Not with memcpy: from 2 KiB on glibc's is `rep movsb` where a processor calls that fast, and AMD's Zen 3 and 4 do, on which it
- * is slow unless both ends are equally aligned. */
-WIDE static int copy_inside(const int64_t *from, int64_t *to, int64_t count, int64_t last) {
+ * copied. `last - id` of an id that is too large, and a negative id itself, have the sign bit set. */
+static inline int copy_inside(const int64_t *from, int64_t *to, int64_t count, int64_t last) {
   const uint64_t limit = (uint64_t)last;
-  const Ids limits = {limit, limit, limit, limit};
-  Ids signs = {0, 0, 0, 0};
+  const Ids limits = {limit, limit};
+  Ids signs = {0, 0};
   int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    const Ids first = *(const volatile Ids *)(from + i), second = *(const volatile Ids *)(from + i + 4);
+  for (; i + 4 <= count; i += 4) {
+    const Ids first = *(const volatile Ids *)(from + i), second = *(const volatile Ids *)(from + i + 2);
     *(Ids *)(to + i) = first;
-    *(Ids *)(to + i + 4) = second;
+    *(Ids *)(to + i + 2) = second;
     signs |= (limits - first) | first | (limits - second) | second;
   }
-  uint64_t sign = signs[0] | signs[1] | signs[2] | signs[3];
+  uint64_t sign = signs[0] | signs[1];
   for (; i < count; ++i) {
-    const uint64_t id = *(const volatile uint64_t *)(from + i);
-    to[i] = (int64_t)id;
+    const uint64_t id = *(const volatile Id *)(from + i);
+    *(Id *)(to + i) = id;
     sign |= (limit - id) | id;
   }
   return !(sign >> 63);

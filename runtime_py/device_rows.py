@@ -55,7 +55,9 @@ def check_decodable(table: Table, rows: torch.Tensor, first: int) -> None:
     row_format = ROW_FORMATS[table.serving_precision]
     if not row_format.scale_bias_bytes:
         return
-    scale, bias = rows[:, : row_format.scale_bias_bytes].contiguous().numpy().view(np.float16).T.astype(np.float32)
+    scale, bias = (
+        rows[:, : row_format.scale_bias_bytes].contiguous().numpy().view(np.float16).T.astype(np.float64)
+    )  # exact below
     with np.errstate(invalid="ignore"):
         top = bias + scale * ((1 << row_format.bits) - 1)
     fine = (np.abs(scale) <= _MOST_SCALE) & (np.abs(bias) <= _FP16_MOST) & (np.abs(top) <= _FP16_MOST)  # no NaN, either

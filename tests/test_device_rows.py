@@ -108,6 +108,7 @@ scales_and_biases = st.tuples(*[st.floats(width=16)] * 2)
 @example(pair=(128.0, 0.0), precision="int8", bad_row=1)
 @example(pair=(128.0, -1920.0), precision="int4", bad_row=2)
 @example(pair=(1.0, 65504.0), precision="int4", bad_row=3)
+@example(pair=(-(2.0**-14), -65504.0), precision="int4", bad_row=0)  # beyond it by less than a step of float32
 @settings(max_examples=300, deadline=None)
 def test_what_a_gpu_decodes_to_no_number_is_refused_and_nothing_else(pair, precision, bad_row) -> None:
     (table,) = describe({"t": (5, 8, precision)}).tables

@@ -98,23 +98,37 @@ def test_one_id_outside_is_found_at_every_place(count: int, wrong: int) -> None:
 
 
 def test_ids_that_change_under_the_check_are_copied_as_they_were_checked() -> None:
-    values = torch.zeros(100_000, dtype=torch.int64)  # enough for other threads to run meanwhile
+    values = torch.zeros(65_536, dtype=torch.int64)  # enough for other threads to run meanwhile
     offsets, limits, ids = torch.tensor([0, values.numel()]), Limits(torch.tensor([9])), torch.empty_like(values)
+    last, copied = values[-8:].numpy(), ids[-8:].numpy()
     ended = threading.Event()
 
     def change() -> None:
         while not ended.is_set():
-            values.fill_(10)
-            values.fill_(9)
+            last.fill(10)
+            last.fill(9)
 
-    other = threading.Thread(target=change)
+    other, before = threading.Thread(target=change), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
     other.start()
     try:
-        for _ in range(1000):
-            assert limits.copy_ids(values, offsets, ids) == bool((ids <= 9).all())
+        for _ in range(20_000):
+            assert limits.copy_ids(values, offsets, ids) == (int(copied.max()) <= 9)
     finally:
         ended.set()
         other.join()
+        sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("shift", range(8))
+def test_ids_may_lie_anywhere(shift: int) -> None:
+    memory, room = bytearray(8 * 30 + 8), torch.zeros(8 * 30 + 8, dtype=torch.uint8)
+    values = torch.frombuffer(memory, dtype=torch.int64, offset=shift, count=30)
+    values.copy_(torch.arange(30))
+    ids = torch.frombuffer(room.numpy(), dtype=torch.int64, offset=7 - shift, count=30)
+    assert Limits(torch.tensor([29])).copy_ids(values, torch.tensor([0, 30]), ids)
+    assert ids.tolist() == list(range(30))
+    assert not Limits(torch.tensor([28])).copy_ids(values, torch.tensor([0, 30]), ids)
 
 
 def test_a_copy_ends_where_the_ids_end() -> None:

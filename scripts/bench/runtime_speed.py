@@ -8,8 +8,8 @@ request, as in a server: one request again and again would find its rows in the 
 written, as a server has just parsed them. Where the kernel let a thread of ours wait for a core for more than 2 % of that
 time, the round is left out, and counted: on a busy machine it would measure the others. What the kernel of a virtual
 machine can't see is asked of its cores: before and after a round of two threads each looks requests up with the bare
-operator while the other does nothing, and the round is left out where one is a tenth slower, as a core is that it shares
-with a neighbour; what all rounds gave is told, too. The rounds of a comparison are spread over the run, in five passes.
+operator while the other does nothing, and the round is left out where one takes 15 % longer, as on a core that a
+neighbour works on; what all rounds gave is told, too. The rounds of a comparison are spread over the run, in five passes.
 Threads that share a request are bound to a core each, as some kernels keep both on one for milliseconds to leave the
 other asleep. A helper looks out for work for a millisecond: it is awake where requests follow each other, as they do here,
 and asleep after a pause, which is measured, too. Artifacts are built in a process of their own: what a build leaves to
@@ -188,9 +188,9 @@ class Cores:
         self._turn = itertools.cycle(requests.values)
 
     def are_alike(self) -> bool:
-        """Whether neither takes a tenth longer than the other."""
+        """Whether neither takes 15 % longer than the other."""
         times = self._look_up(), self._other.submit(self._look_up).result()
-        return max(times) <= 1.1 * min(times)
+        return max(times) <= 1.15 * min(times)
 
     def _look_up(self) -> float:
         times = []
