@@ -7,7 +7,7 @@
 #include <stdint.h>
 #include <string.h>
 
-/* As a caller's memory may be anywhere. */
+/* Ids where they may lie at any address, as in a caller's memory. */
 typedef uint64_t Id __attribute__((aligned(1), may_alias));
 typedef uint64_t Ids __attribute__((vector_size(16), aligned(1), may_alias));
 

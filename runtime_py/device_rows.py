@@ -55,9 +55,8 @@ def check_decodable(table: Table, rows: torch.Tensor, first: int) -> None:
     row_format = ROW_FORMATS[table.serving_precision]
     if not row_format.scale_bias_bytes:
         return
-    scale, bias = (
-        rows[:, : row_format.scale_bias_bytes].contiguous().numpy().view(np.float16).T.astype(np.float64)
-    )  # exact below
+    halves = rows[:, : row_format.scale_bias_bytes].contiguous().numpy().view(np.float16)
+    scale, bias = halves.T.astype(np.float64)  # in which `top` is exact
     with np.errstate(invalid="ignore"):
         top = bias + scale * ((1 << row_format.bits) - 1)
     fine = (np.abs(scale) <= _MOST_SCALE) & (np.abs(bias) <= _FP16_MOST) & (np.abs(top) <= _FP16_MOST)  # no NaN, either

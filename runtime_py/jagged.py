@@ -60,7 +60,7 @@ class Limits:
             raise _refused(error) from error
 
     def has(self, ids: torch.Tensor, offsets: torch.Tensor) -> bool:
-        """Whether each of int64 [N] is in its table."""
+        """Whether each of int64 [N] is in its table; they are written back, so that nobody else may have a view of them."""
         return self.copy_ids(ids, offsets, ids)
 
 

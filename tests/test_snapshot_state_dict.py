@@ -187,7 +187,16 @@ def test_a_table_whose_stored_values_are_to_be_negated_is_refused(tmp_path: Path
 
 def test_a_sparse_table_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, {"user": TABLE.to_sparse()})
-    assert refusal(path, "user").startswith(f"{path}: 'user'")
+    assert refusal(path, "user") == f"{path}: 'user' is stored as torch.sparse_coo; save a contiguous tensor"
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:TypedStorage is deprecated")
+def test_a_tensor_that_torch_has_quantized_is_refused_and_not_called_damaged(tmp_path: Path) -> None:
+    path = save(tmp_path, {"user": torch.quantize_per_tensor(TABLE, 0.1, 0, torch.qint8)})
+    assert refusal(path, "user") == (
+        f"{path}: holds a tensor that is not made of plain numbers, such as one that torch has quantized; save only "
+        "the state dict of the trained model"
+    )
 
 
 def test_a_table_on_the_meta_device_is_refused_as_it_has_no_values(tmp_path: Path) -> None:

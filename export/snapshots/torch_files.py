@@ -61,6 +61,11 @@ class TorchFile:
             raise SnapshotError(
                 f"{path}: holds more than tensors and plain data, which is never unpickled; save only the state dict{what}"
             ) from error
+        except NotImplementedError as error:  # torch's own quantized tensors have no fake form
+            raise SnapshotError(
+                f"{path}: holds a tensor that is not made of plain numbers, such as one that torch has quantized; save only "
+                "the state dict of the trained model"
+            ) from error
         # A damaged pickle raises nearly anything; whatever it is, the file is no state dict.
         except Exception as error:
             raise SnapshotError(
@@ -104,8 +109,8 @@ class TorchFile:
             SnapshotError: its values are not stored row-major, side by side and as they are, or are not all there.
         """
         if tensor.layout is not torch.strided or not tensor.is_contiguous():
-            strides = tensor.stride() if tensor.layout is torch.strided else tensor.layout
-            raise SnapshotError(f"{self._path}: '{name}' is stored with strides {strides}; save a contiguous tensor")
+            how = f"with strides {tensor.stride()}" if tensor.layout is torch.strided else f"as {tensor.layout}"
+            raise SnapshotError(f"{self._path}: '{name}' is stored {how}; save a contiguous tensor")
         storage: Any = tensor.untyped_storage()
         start = storage._checkpoint_offset
         if start is None or tensor.is_neg():
