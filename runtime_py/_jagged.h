@@ -5,7 +5,6 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <stdint.h>
-#include <string.h>
 
 /* Ids where they may lie at any address, as in a caller's memory. */
 typedef uint64_t Id __attribute__((aligned(1), may_alias));
